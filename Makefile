@@ -1,0 +1,55 @@
+# Everything a newcomer or CI runs. Needs git, make and Python 3.11 or newer; the rest is installed into .venv.
+#   make demo            the whole system on real servers, a demonstration, then serving until Ctrl-C
+#   make demo ARGS=--once   the demonstration alone
+#   make test            every check
+#   make lock            after a change of dependencies in pyproject.toml
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit integration acceptance format lock clean
+ARGS ?=
+# The first Python that is new enough; PYTHON=/path/to/python overrides.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# uv.lock names versions and hashes but no download host, so the packages come from whichever index this machine uses.
+$(READY): pyproject.toml uv.lock
+	@test -n "$(PYTHON)" || { echo "clerk-sync needs Python 3.11 to 3.14 on PATH (or make PYTHON=/path/to/python)" >&2; exit 2; }
+	@$(PYTHON) -m venv --clear .venv || { echo "could not make .venv: install your system's python3-venv package" >&2; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+	@$(BIN)/uv export --quiet --frozen --no-emit-project --no-header --no-annotate --output-file .venv/requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirements .venv/requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/clerk-sync demo $(ARGS)
+
+test: lint types unit integration acceptance
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit integration acceptance: $(READY)
+	$(BIN)/pytest tests/$@ $(ARGS)
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lock: $(READY)
+	$(BIN)/uv lock
+	sed -E 's#https://[^/"]+/(simple"|packages/)#https://index.invalid/\1#' uv.lock > .venv/uv.lock && cp .venv/uv.lock uv.lock
+
+clean:
+	@test ! -e .clerk-sync -o ! -x $(BIN)/python || $(BIN)/python -c 'import pathlib, worker.local as l; l.discard(pathlib.Path(".clerk-sync"))'
+	rm -rf .venv .clerk-sync .mypy_cache .ruff_cache .pytest_cache .hypothesis

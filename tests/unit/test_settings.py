@@ -1,0 +1,86 @@
+"""The environment, read once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.clerk import SECRET
+from worker.errors import ConfigError
+from worker.policy import Copy, Policy
+from worker.settings import Settings
+
+OTHER = SECRET[:-4] + "AAAA"
+COMPLETE = {
+    "CLERK_WEBHOOK_SIGNING_SECRET": SECRET,
+    "DATABASE_URL": "postgresql://u:p4ss@h/d",
+    "REDIS_URL": "redis://:p4ss@h/0",
+}
+
+
+def problems(env: dict[str, str]) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_env(env, need=("signing_secrets", "database_url", "redis_url"))
+    return caught.value.problems
+
+
+def test_the_defaults_are_the_contract_s() -> None:
+    settings = Settings.from_env(COMPLETE)
+    assert settings.signing_secrets == (SECRET,)
+    assert settings.policy == Policy(Copy.ALWAYS, Copy.OVERSIZE, Copy.OVERSIZE, 1200)
+    assert (settings.port, settings.instance_id) == (8000, None)
+
+
+def test_every_missing_variable_is_named_in_one_error() -> None:
+    found = " ".join(problems({}))
+    assert "CLERK_WEBHOOK_SIGNING_SECRET" in found
+    assert "DATABASE_URL" in found
+    assert "REDIS_URL" in found
+
+
+def test_missing_and_bad_ones_are_named_together() -> None:
+    found = problems({"DATABASE_URL": "mysql://x", "PORT": "70000", "COPY_PUBLIC": "maybe", "LOG_FORMAT": "xml"})
+    assert len(found) == 6
+    assert any("COPY_PUBLIC" in problem and "always, oversize, never" in problem for problem in found)
+
+
+def test_values_of_secrets_are_never_shown() -> None:
+    bad = {"CLERK_WEBHOOK_SIGNING_SECRET": "whsec_s3cr3t!", "DATABASE_URL": "s3cr3t", "REDIS_URL": "s3cr3t"}
+    assert "s3cr3t" not in " ".join(problems(bad))
+    assert "p4ss" not in repr(Settings.from_env(COMPLETE))
+    assert SECRET not in repr(Settings.from_env(COMPLETE))
+
+
+@pytest.mark.parametrize("separator", [",", " ", ", ", "\n"])
+def test_several_secrets_are_taken_while_one_is_rotated(separator: str) -> None:
+    env = COMPLETE | {"CLERK_WEBHOOK_SIGNING_SECRET": SECRET + separator + OTHER}
+    assert Settings.from_env(env).signing_secrets == (SECRET, OTHER)
+
+
+def test_one_bad_secret_of_several_is_refused_by_its_number() -> None:
+    (found,) = problems(COMPLETE | {"CLERK_WEBHOOK_SIGNING_SECRET": f"{SECRET} sk_test_abc"})
+    assert "secret 2 of 2" in found
+
+
+def test_the_older_name_of_the_secret_is_read_where_the_newer_is_unset() -> None:
+    env = {"CLERK_WEBHOOK_SECRET": OTHER}
+    assert Settings.from_env(env).signing_secrets == (OTHER,)
+    assert Settings.from_env(env | {"CLERK_WEBHOOK_SIGNING_SECRET": SECRET}).signing_secrets == (SECRET,)
+
+
+def test_a_secret_can_be_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text(SECRET + "\n")
+    assert Settings.from_env({"CLERK_WEBHOOK_SIGNING_SECRET_FILE": str(path)}).signing_secrets == (SECRET,)
+
+
+def test_a_file_that_cannot_be_read_is_one_problem_not_two(tmp_path: Path) -> None:
+    env = {k: v for k, v in COMPLETE.items() if k != "DATABASE_URL"} | {"DATABASE_URL_FILE": str(tmp_path / "none")}
+    (found,) = problems(env)
+    assert "DATABASE_URL_FILE can't be read" in found
+
+
+def test_a_variable_and_its_file_together_are_refused(tmp_path: Path) -> None:
+    (found,) = problems(COMPLETE | {"REDIS_URL_FILE": str(tmp_path / "x")})
+    assert "both set" in found

@@ -1,0 +1,33 @@
+"""The entry for the web server (`webhooks.main:app`): reads the environment and builds the receiver."""
+
+import atexit
+import sys
+
+from webhooks.app import create_app
+from webhooks.doorbell import Doorbell, Publisher
+from webhooks.health import Health
+from webhooks.recorder import Recorder
+from webhooks.signature import make_verifier
+from worker import db, log
+from worker.app import create_celery
+from worker.errors import ConfigError
+from worker.settings import Settings
+
+try:
+    settings = Settings.from_env(need=("signing_secrets", "database_url", "redis_url"))
+except ConfigError as error:
+    sys.stderr.write("clerk-sync receiver can't start:\n" + "".join(f"  {line}\n" for line in error.problems))
+    sys.exit(2)
+
+log.configure(settings.log_format, settings.log_level)
+health = Health(lambda: db.connect(settings.database_url, "health", statement_ms=2000, lock_ms=1000))
+recorder = Recorder(lambda: db.connect(settings.database_url, "receiver", statement_ms=3000, lock_ms=2000))
+atexit.register(recorder.close)
+app = create_app(
+    verify=make_verifier(settings.signing_secrets),
+    record=recorder.record,
+    ring=Doorbell(Publisher(create_celery(settings.redis_url))).ring,
+    problems=health.problems,
+    counts=health.counts,
+    instance_id=settings.instance_id,
+)

@@ -1,0 +1,34 @@
+"""How gunicorn serves the receiver (`gunicorn --config python:webhooks.server`). Its own flags still win."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Two processes of eight threads: a thread only waits, for its body and for the commit that it shares.
+workers = int(os.environ.get("WEB_CONCURRENCY") or 2)
+worker_class = "gthread"
+threads = 8
+bind = f"0.0.0.0:{os.environ.get('PORT') or 8000}"
+# Loaded once and shared: the processes fork from it. Connections and threads come with the first request.
+preload_app = True
+timeout = 30
+graceful_timeout = 20
+keepalive = 75
+# Heartbeats in memory, not on a disk that may be slow.
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - files without a name
+# Every delivery has its own line; gunicorn's would tell addresses.
+accesslog = None
+loglevel = "warning"
+
+# The web processes count together even where no one set the variable.
+_own_metrics = not os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+if _own_metrics:
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="clerk-sync-metrics-")
+
+
+def on_exit(_server: Any) -> None:
+    """Leave no folder behind."""
+    if _own_metrics:
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)

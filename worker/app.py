@@ -1,0 +1,169 @@
+"""Builds the Celery app: how it talks to the broker, what runs when, and the sweeper beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Final
+
+import psycopg
+from celery import Celery, signals
+from kombu import Connection as BrokerConnection
+from kombu import Exchange, Queue
+from kombu.exceptions import ChannelError, OperationalError
+
+from worker import db, inbox, log, tasks
+from worker.errors import BrokerDown, SyncError
+from worker.settings import Settings
+from worker.sweeper import Drainer, Sweeper, Watch
+
+logger = logging.getLogger(__name__)
+
+QUEUE: Final = "clerk"
+
+KEEP_APPLIED: Final = timedelta(days=7)
+"""Applied events are kept (without their bodies) this long: several times the 27 h 35 min in which Svix retries."""
+
+
+def create_celery(redis_url: str) -> Celery:
+    """A Celery app for senders and workers. It connects to nothing yet."""
+    app = Celery("clerk-sync", broker=redis_url, set_as_current=False)
+    app.conf.update(
+        # Whoever owns the broker can ring the doorbell and nothing else.
+        accept_content=["json"],
+        task_serializer="json",
+        event_serializer="json",
+        worker_enable_remote_control=False,
+        worker_send_task_events=False,
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        task_queues=[Queue(QUEUE, Exchange(QUEUE), routing_key=QUEUE)],
+        task_default_queue=QUEUE,
+        task_create_missing_queues=False,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            # A silent peer is noticed instead of waited for.
+            "socket_timeout": 5,
+            "socket_connect_timeout": 2,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        }
+        if _is_redis(redis_url)
+        else {},
+        beat_schedule={
+            # Finds what a lost wake-up left behind while every worker is between two sweeps. Old ones expire: after
+            # an outage one is enough.
+            "drain": {"task": tasks.DRAIN, "schedule": 10.0, "options": {"expires": 10}},
+            "prune": {"task": tasks.PRUNE, "schedule": 600.0, "options": {"expires": 600}},
+        },
+    )
+    return app
+
+
+def create_worker(settings: Settings) -> Celery:
+    """The app for `celery worker` and `celery beat`, with its tasks and, once a worker starts, its sweeper."""
+    app = create_celery(settings.redis_url)
+    drainer = Drainer(lambda: db.connect(settings.database_url, "worker"), settings.policy)
+    sweeper = Sweeper(drainer)
+    watch = Watch(lambda: waiting(app), drainer.busy)
+    tasks.register(app, drain=lambda: drainer.ring("doorbell"), prune=lambda: _prune(settings.database_url))
+
+    def set_up_logging(**_: Any) -> None:
+        log.configure(settings.log_format, settings.log_level)
+
+    def start(**_: Any) -> None:
+        sweeper.start()
+        watch.start()
+
+    def stop(**_: Any) -> None:
+        sweeper.stop()
+        watch.stop()
+
+    def heard(**_: Any) -> None:
+        watch.heard()
+
+    def forked(**_: Any) -> None:
+        drainer.reset()
+
+    # weak=False: nothing else holds these functions.
+    signals.setup_logging.connect(set_up_logging, weak=False)
+    # worker_init comes before Celery reaches for the broker, which may be away.
+    signals.worker_init.connect(start, weak=False)
+    signals.task_received.connect(heard, weak=False)
+    signals.worker_shutting_down.connect(stop, weak=False)
+    signals.worker_process_init.connect(forked, weak=False)
+    return app
+
+
+def waiting(app: Celery) -> int | None:
+    """How many wake-ups wait in the broker, asked over a fresh connection; None where it doesn't answer in time."""
+    connection = quick_connection(app)
+    try:
+        with reaching(connection):
+            connection.connect()
+            return queue_length(connection)
+    except BrokerDown:
+        return None
+    finally:
+        hang_up(connection)
+
+
+def quick_connection(app: Celery) -> BrokerConnection:
+    """A connection, not yet made, that gives up within some 5 s on a broker that is silent."""
+    url = app.conf.broker_url
+    # Redis's client tries four times; other brokers' clients know no such options.
+    limits = {"socket_timeout": 1, "socket_connect_timeout": 1} if _is_redis(url) else {}
+    return app.connection_for_write(transport_options=limits)
+
+
+def _is_redis(url: str) -> bool:
+    return url.startswith(("redis", "valkey"))
+
+
+@contextlib.contextmanager
+def reaching(connection: BrokerConnection) -> Iterator[None]:
+    """Turn whatever this broker's client library raises into BrokerDown, with the error's class as its text."""
+    try:
+        yield
+    except _errors(connection) as error:
+        raise BrokerDown(type(error).__name__) from None
+
+
+def _errors(connection: BrokerConnection) -> tuple[type[BaseException], ...]:
+    known: Any = (connection.connection_errors, connection.channel_errors)  # tuples, whatever the stubs say
+    return (*known[0], *known[1], OperationalError, OSError)
+
+
+def hang_up(connection: BrokerConnection) -> None:
+    """Close a connection to the broker, dead or alive."""
+    with contextlib.suppress(BrokerDown), reaching(connection):
+        connection.release()
+
+
+def queue_length(connection: BrokerConnection) -> int:
+    """Messages waiting in our queue."""
+    channel: Any
+    with connection.channel() as channel:
+        try:
+            return int(channel.queue_declare(QUEUE, passive=True).message_count)
+        except ChannelError:
+            # No such queue yet; on Redis, an empty one.
+            return 0
+
+
+def _prune(database_url: str) -> None:
+    """Delete applied events that are past their time, in small steps."""
+    try:
+        with db.connect(database_url, "prune") as connection:
+            while inbox.prune(connection, KEEP_APPLIED) == 10_000:
+                pass
+    except psycopg.OperationalError as error:
+        logger.warning("pruning is put off", extra={"error": db.describe(error)})
+    except psycopg.Error as error:
+        raise SyncError(f"pruning failed: {db.describe(error)}") from None

@@ -1,0 +1,205 @@
+"""Clerk's JSON to what it means: a user changed, a user was deleted, or nothing to us. Pure.
+
+Only the fields that are used are checked: Clerk adds fields over time, and its own examples violate its own schema.
+Metadata stays the raw JSON text that was sent, so numbers of any size and key order reach Postgres untouched.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from worker.errors import EventError
+from worker.jsontext import holdable
+
+CHANGED_TYPES: Final = frozenset({"user.created", "user.updated"})
+DELETED_TYPE: Final = "user.deleted"
+
+LATEST_MS: Final = 253_402_300_799_999
+"""The last millisecond of the year 9999: later versions are refused, or the view could not show them."""
+
+SECONDS_BELOW: Final = 100_000_000_000
+"""An envelope `timestamp` below this is in seconds: docs and deliveries use milliseconds, Clerk's spec seconds."""
+
+_USER_ID: Final = re.compile(r"[!-~]{1,255}")
+
+
+@dataclass(frozen=True, slots=True)
+class UserChanged:
+    """A whole user as Clerk had it at `version`; a kind of metadata is None where its key was absent.
+
+    `version` is `data.updated_at` and `event_at` the envelope's `timestamp`, both in milliseconds since 1970.
+    Metadata is JSON text of an object (`null` arrives as `{}`). `replaced` counts what jsonb can't hold.
+    """
+
+    user_id: str
+    version: int
+    event_at: int
+    private_metadata: bytes | None
+    public_metadata: bytes | None
+    unsafe_metadata: bytes | None
+    replaced: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all three kinds of metadata were sent, so that nothing older can add to it."""
+        return (
+            self.private_metadata is not None and self.public_metadata is not None and self.unsafe_metadata is not None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UserDeleted:
+    """A user that Clerk deleted at `event_at` (ms). It carries no version: a deletion is terminal."""
+
+    user_id: str
+    event_at: int
+
+    @property
+    def version(self) -> int:
+        return self.event_at
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """An authentic event that isn't ours to apply; `reason` is safe to log."""
+
+    type: str
+    reason: str
+
+
+Event = UserChanged | UserDeleted | Ignored
+
+
+class _Envelope(msgspec.Struct):
+    type: Any = msgspec.UNSET
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    timestamp: Any = None
+    instance_id: Any = None
+
+
+class _User(msgspec.Struct):
+    id: Any = None
+    updated_at: Any = None
+    private_metadata: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    public_metadata: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    unsafe_metadata: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+T = TypeVar("T")
+_envelope = msgspec.json.Decoder(_Envelope)
+_user = msgspec.json.Decoder(_User)
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """What could be read of an authentic event that can't be applied, for the operator."""
+
+    type: str | None
+    user_id: str | None
+    reason: str
+
+
+def parse_event(body: bytes, *, instance_id: str | None = None) -> tuple[str, Event] | Unusable:
+    """The event's type with its meaning, or why it can't be used. Never raises, whatever the bytes.
+
+    With `instance_id`, events of another Clerk instance are ignored.
+    """
+    text, replaced = holdable(body)
+    event_type: str | None = None
+    user_id: str | None = None
+    try:
+        envelope = _decode(_envelope, text, "the body")
+        event_type = _type(envelope.type)
+        if event_type not in CHANGED_TYPES and event_type != DELETED_TYPE:
+            return event_type, Ignored(event_type, "another type")
+        if instance_id and isinstance(envelope.instance_id, str) and envelope.instance_id != instance_id:
+            return event_type, Ignored(event_type, "another instance")
+        user = _decode(_user, envelope.data, "data")
+        user_id = _user_id(user.id)
+        event_at = _event_at(envelope.timestamp)
+        if event_type == DELETED_TYPE:
+            return event_type, _deleted(user_id, event_at)
+        return event_type, _changed(user, user_id, event_at, replaced)
+    except EventError as error:
+        return Unusable(event_type, user_id, str(error))
+
+
+def _deleted(user_id: str, event_at: int | None) -> UserDeleted:
+    if event_at is None:
+        raise EventError("timestamp is missing, so nothing tells when the user was deleted")
+    return UserDeleted(user_id, event_at)
+
+
+def _changed(user: _User, user_id: str, event_at: int | None, replaced: int) -> UserChanged:
+    version = _milliseconds(user.updated_at, "data.updated_at")
+    if version is None:
+        version = event_at
+    if version is None:
+        raise EventError("data.updated_at and timestamp are missing, so nothing tells the version")
+    return UserChanged(
+        user_id,
+        version,
+        version if event_at is None else event_at,
+        _object(user.private_metadata, "data.private_metadata"),
+        _object(user.public_metadata, "data.public_metadata"),
+        _object(user.unsafe_metadata, "data.unsafe_metadata"),
+        replaced,
+    )
+
+
+def _decode(decoder: msgspec.json.Decoder[T], text: bytes | msgspec.Raw | msgspec.UnsetType, what: str) -> T:
+    if isinstance(text, msgspec.UnsetType):
+        raise EventError(f"{what} is missing")
+    try:
+        return decoder.decode(text)
+    except msgspec.ValidationError as error:
+        # Its message names types and the path, never a value.
+        raise EventError(f"{what}: {error}") from None
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        raise EventError(f"{what} is not valid JSON") from None
+
+
+def _type(value: object) -> str:
+    if not isinstance(value, str):
+        raise EventError("type is missing or not a string")
+    return value[:100]
+
+
+def _user_id(value: object) -> str:
+    if value is None:
+        raise EventError("data.id is missing")
+    if not isinstance(value, str) or not _USER_ID.fullmatch(value):
+        raise EventError("data.id is not a user id (1 to 255 visible ASCII characters)")
+    return value
+
+
+def _milliseconds(value: object, name: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise EventError(f"{name} is not an integer")
+    if not 0 <= value <= LATEST_MS:
+        raise EventError(f"{name} is not a time in milliseconds between 1970 and 9999")
+    return value
+
+
+def _event_at(value: object) -> int | None:
+    milliseconds = _milliseconds(value, "timestamp")
+    if milliseconds is not None and milliseconds < SECONDS_BELOW:
+        return milliseconds * 1000
+    return milliseconds
+
+
+def _object(value: msgspec.Raw | msgspec.UnsetType, name: str) -> bytes | None:
+    if isinstance(value, msgspec.UnsetType):
+        return None
+    text = bytes(value).strip(b" \t\r\n")
+    if text == b"null":
+        return b"{}"
+    if not text.startswith(b"{"):
+        raise EventError(f"{name} is not an object")
+    return text

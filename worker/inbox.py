@@ -1,0 +1,269 @@
+"""The inbox, `clerk.webhook_events`: record, claim, finish, set aside, retry, prune, and look.
+
+Every statement stands above the one function that runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from psycopg.rows import class_row, dict_row
+
+from worker.db import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A verified delivery, ready to be recorded; `error` is set where it is dead on arrival."""
+
+    svix_id: str
+    sent_at: datetime
+    body: bytes
+    type: str | None
+    user_id: str | None
+    version: int | None
+    error: str | None = None
+
+
+# One statement, one commit, for all deliveries that wait at this moment. A delivery that is still pending is left as
+# it is (a duplicate); one that was applied or set aside comes in again (a replay). What a deleted user's dead event
+# carried is not kept. Duplicates are left out before `on conflict` sees them: it would wait for a worker that holds
+# them, and everybody else's delivery with it.
+RECORD = """
+insert into clerk.webhook_events as events
+  (svix_id, sent_at, type, user_id, version, state, error, processed_at, body)
+select
+  new.svix_id, new.sent_at, new.type, new.user_id, new.version,
+  case when new.error is null then 'pending' else 'dead' end,
+  new.error,
+  case when new.error is not null then now() end,
+  case when new.error is null or not exists (
+    select from clerk.users where users.user_id = new.user_id and users.deleted_at is not null
+  ) then new.body end
+from unnest(
+  %(svix_id)b::text[], %(sent_at)b::timestamptz[], %(type)b::text[], %(user_id)b::text[], %(version)b::bigint[],
+  %(error)b::text[], %(body)b::bytea[]
+) as new (svix_id, sent_at, type, user_id, version, error, body)
+where not exists (
+  select from clerk.webhook_events as waiting where waiting.svix_id = new.svix_id and waiting.state = 'pending'
+)
+on conflict (svix_id) do update set
+  sent_at = excluded.sent_at, type = excluded.type, user_id = excluded.user_id, version = excluded.version,
+  state = excluded.state, error = excluded.error, processed_at = excluded.processed_at, body = excluded.body,
+  attempts = 0, received_at = now()
+where events.state <> 'pending'
+returning svix_id
+"""
+
+
+def record(connection: Connection, deliveries: Sequence[Incoming]) -> set[str]:
+    """Commit deliveries (of distinct ids) to the inbox; returns the ids recorded: the others are still pending.
+
+    The connection is in autocommit, so that this is one round trip and one commit. Raises psycopg.Error.
+    """
+    # In one order everywhere, so that two receivers with the same ids can't deadlock.
+    ordered = sorted(deliveries, key=lambda delivery: delivery.svix_id)
+    rows = connection.execute(
+        RECORD,
+        {
+            "svix_id": [delivery.svix_id for delivery in ordered],
+            "sent_at": [delivery.sent_at for delivery in ordered],
+            "type": [delivery.type for delivery in ordered],
+            "user_id": [delivery.user_id for delivery in ordered],
+            "version": [delivery.version for delivery in ordered],
+            "error": [delivery.error for delivery in ordered],
+            "body": [delivery.body for delivery in ordered],
+        },
+    )
+    return {svix_id for (svix_id,) in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A pending event that this transaction holds."""
+
+    svix_id: str
+    body: bytes
+
+
+# Rows locked by another worker are passed over. The second step keeps one batch's bodies within what a worker can
+# hold in memory; the rows beyond are let go with the transaction.
+CLAIM = """
+with claimed as materialized (
+  select svix_id, received_at, body, octet_length(body) as size
+  from clerk.webhook_events
+  where state = 'pending'
+  order by received_at
+  limit %(most)s
+  for update skip locked
+)
+select svix_id, body
+from (select *, sum(size) over (order by received_at, svix_id) - size as before from claimed) as sized
+where before < %(bytes)s
+"""
+
+CLAIM_BYTES: Final = 16 * 1024 * 1024
+
+
+def claim(connection: Connection, most: int) -> list[Claimed]:
+    """Lock up to `most` pending events, oldest first, until the transaction ends."""
+    with connection.cursor(row_factory=class_row(Claimed)) as cursor:
+        return cursor.execute(CLAIM, {"most": most, "bytes": CLAIM_BYTES}, binary=True).fetchall()
+
+
+# How long the events took from Svix's signature until now, which is when they become visible.
+FINISH = """
+update clerk.webhook_events
+set state = 'done', processed_at = clock_timestamp(), attempts = attempts + 1, error = null, body = null
+where svix_id = any(%(svix_ids)b::text[])
+returning greatest(extract(epoch from clock_timestamp() - sent_at), 0)::float8
+"""
+
+
+def finish(connection: Connection, svix_ids: Sequence[str]) -> list[float]:
+    """Mark applied events done and drop their bodies; returns each one's freshness in seconds."""
+    if not svix_ids:
+        return []
+    return [seconds for (seconds,) in connection.execute(FINISH, {"svix_ids": list(svix_ids)})]
+
+
+SET_ASIDE = """
+update clerk.webhook_events as events
+set
+  state = 'dead', processed_at = clock_timestamp(), attempts = attempts + 1, error = dead.reason,
+  body = case when not exists (
+    select from clerk.users where users.user_id = events.user_id and users.deleted_at is not null
+  ) then body end
+from unnest(%(svix_ids)b::text[], %(reasons)b::text[]) as dead (svix_id, reason)
+where events.svix_id = dead.svix_id
+"""
+
+
+def set_aside(connection: Connection, reasons: Mapping[str, str]) -> None:
+    """Mark events dead, each with the reason why it can never be applied; bodies are kept for a retry."""
+    if reasons:
+        connection.execute(SET_ASIDE, {"svix_ids": list(reasons), "reasons": list(reasons.values())})
+
+
+# A dead event can be recorded at the very moment in which its user is deleted, neither seeing the other.
+FORGET_DELETED = """
+update clerk.webhook_events as events
+set state = 'done', body = null, error = 'the user was deleted', processed_at = now()
+from clerk.users
+where events.state = 'dead' and users.user_id = events.user_id and users.deleted_at is not null
+"""
+
+
+def forget_deleted(connection: Connection) -> int:
+    """Erase what dead events of deleted users still carry; returns how many there were."""
+    return connection.execute(FORGET_DELETED).rowcount
+
+
+RETRY = """
+update clerk.webhook_events
+set state = 'pending', error = null, processed_at = null, received_at = now()
+where state = 'dead' and body is not null and (%(all)s or svix_id = any(%(svix_ids)s::text[]))
+returning svix_id
+"""
+
+
+def retry(connection: Connection, svix_ids: Sequence[str] | None) -> list[str]:
+    """Make dead events pending again (None: all of them); returns the ids of those that were dead."""
+    parameters = {"all": svix_ids is None, "svix_ids": list(svix_ids or ())}
+    return [svix_id for (svix_id,) in connection.execute(RETRY, parameters)]
+
+
+PRUNE = """
+delete from clerk.webhook_events
+where svix_id in (
+  select svix_id from clerk.webhook_events
+  where state = 'done' and received_at < now() - %(keep)s
+  limit %(most)s
+  for update skip locked
+)
+"""
+
+
+def prune(connection: Connection, keep: timedelta, most: int = 10_000) -> int:
+    """Delete up to `most` applied events that came longer ago than `keep`; returns how many."""
+    return connection.execute(PRUNE, {"keep": keep, "most": most}).rowcount
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An event as an operator sees it: never its body."""
+
+    svix_id: str
+    type: str | None
+    user_id: str | None
+    version: int | None
+    state: str
+    attempts: int
+    error: str | None
+    sent_at: datetime
+    received_at: datetime
+    processed_at: datetime | None
+    body_bytes: int | None
+
+
+LIST = """
+select
+  svix_id, type, user_id, version, state, attempts, error, sent_at, received_at, processed_at,
+  octet_length(body) as body_bytes
+from clerk.webhook_events
+where (%(state)s::text is null or state = %(state)s) and (%(user_id)s::text is null or user_id = %(user_id)s)
+order by received_at desc
+limit %(most)s
+"""
+
+
+def listed(connection: Connection, *, state: str | None, user_id: str | None, most: int) -> list[Listed]:
+    """The latest events, newest first; of one state or one user where given."""
+    with connection.cursor(row_factory=class_row(Listed)) as cursor:
+        return cursor.execute(LIST, {"state": state, "user_id": user_id, "most": most}).fetchall()
+
+
+SHOW = """
+select
+  svix_id, type, user_id, version, state, attempts, error, sent_at, received_at, processed_at,
+  octet_length(body) as body_bytes
+from clerk.webhook_events
+where svix_id = %(svix_id)s
+"""
+
+
+def show(connection: Connection, svix_id: str) -> Listed | None:
+    """One event; None where there is none of this id."""
+    with connection.cursor(row_factory=class_row(Listed)) as cursor:
+        return cursor.execute(SHOW, {"svix_id": svix_id}).fetchone()
+
+
+# Pending and dead events have indexes of their own and are counted. What is done, and the users, are counted while
+# the tables are small, and taken from the planner's statistics when counting would cost more than it is worth.
+COUNTS = """
+select
+  (select count(*) from clerk.webhook_events where state = 'pending') as pending,
+  (select count(*) from clerk.webhook_events where state = 'dead') as dead,
+  case when events.size < 100000 then (select count(*) from clerk.webhook_events where state = 'done')
+    else events.size end::bigint as done,
+  coalesce((
+    select extract(epoch from now() - min(received_at)) from clerk.webhook_events where state = 'pending'
+  ), 0)::float8 as oldest_pending_seconds,
+  case when users.size < 100000 then (select count(*) from clerk.users where deleted_at is null)
+    else users.size - (select count(*) from clerk.users where deleted_at is not null) end::bigint as users,
+  (select count(*) from clerk.users where deleted_at is not null) as tombstones
+from
+  (select reltuples as size from pg_class where oid = 'clerk.webhook_events'::regclass) as events,
+  (select reltuples as size from pg_class where oid = 'clerk.users'::regclass) as users
+"""
+
+
+def counts(connection: Connection) -> dict[str, Any]:
+    """Events by state, the age of the oldest pending one in seconds, users and tombstones."""
+    with connection.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute(COUNTS).fetchone()
+    assert row is not None  # noqa: S101 - an aggregate without grouping always has one row
+    return row

@@ -1,0 +1,95 @@
+"""What is measured, by prometheus-client: right over several processes of one host when they share
+`PROMETHEUS_MULTIPROC_DIR`. Never a user id as a label.
+
+What Postgres knows (events by state, the oldest pending one, users, tombstones) is asked there at each scrape, so it
+is right over any number of hosts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess, values
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from worker.sync import Batch
+
+# prometheus-client opens its files as soon as a metric is made, which is below, and doesn't make their folder.
+if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+
+DELIVERIES = Counter("clerk_sync_deliveries", "Webhook deliveries by how they were answered", ["answer"])
+ACK = Histogram(
+    "clerk_sync_ack_seconds",
+    "From a delivery's last byte to its answer",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15),
+)
+FRESHNESS = Histogram(
+    "clerk_sync_freshness_seconds",
+    "From Svix's signature (whole seconds) until the row is visible",
+    buckets=(0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, 86400),
+)
+BATCH = Histogram(
+    "clerk_sync_batch_seconds",
+    "Duration of one batch of the worker, a transaction",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30),
+)
+APPLIED = Counter(
+    "clerk_sync_events_processed",
+    "Events that the worker finished, by what they did: applied, unchanged, older, deleted, superseded, dead",
+    ["outcome"],
+)
+REPLACED = Counter("clerk_sync_replaced", "Values that jsonb can't hold, replaced by U+FFFD")
+DRAINS = Counter("clerk_sync_drains", "Drains of the inbox by what started them: doorbell or sweep", ["cause"])
+
+
+def observe_batch(batch: Batch) -> None:
+    """Count one committed batch."""
+    BATCH.observe(batch.seconds)
+    for outcome, count in batch.outcomes.items():
+        APPLIED.labels(outcome).inc(count)
+    if batch.dead:
+        APPLIED.labels("dead").inc(len(batch.dead))
+    if batch.replaced:
+        REPLACED.inc(batch.replaced)
+    for seconds in batch.freshness:
+        FRESHNESS.observe(seconds)
+
+
+def render(counts: dict[str, Any] | None) -> bytes:
+    """The Prometheus text; `counts` is what the inbox counted, None where Postgres didn't answer."""
+    registry = CollectorRegistry()
+    if values.ValueClass is not values.MutexValue:
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    else:
+        for metric in (DELIVERIES, ACK, FRESHNESS, BATCH, APPLIED, REPLACED, DRAINS):
+            registry.register(metric)
+    registry.register(_Counted(counts))
+    return generate_latest(registry)
+
+
+class _Counted:
+    def __init__(self, counts: dict[str, Any] | None) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("clerk_sync_database_up", "1 while Postgres answers")
+        up.add_metric([], 0 if self._counts is None else 1)
+        yield up
+        if self._counts is None:
+            return
+        events = GaugeMetricFamily("clerk_sync_events", "Events in the inbox by state", labels=["state"])
+        for state in ("pending", "done", "dead"):
+            events.add_metric([state], self._counts[state])
+        yield events
+        for name, help_text in (
+            ("oldest_pending_seconds", "Age of the oldest pending event; 0 where none is pending"),
+            ("users", "Live users"),
+            ("tombstones", "Deleted users"),
+        ):
+            gauge = GaugeMetricFamily(f"clerk_sync_{name}", help_text)
+            gauge.add_metric([], self._counts[name])
+            yield gauge

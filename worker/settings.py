@@ -1,0 +1,161 @@
+"""The environment, read once at the start of a process into one frozen object. The only reader of `os.environ`.
+
+Each secret can also be given as `NAME_FILE`, a path to a file that holds it. Values of secrets are never shown.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+from worker.errors import ConfigError
+from worker.policy import Copy, Policy
+from worker.signing import signing_secret_problem
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+LOG_FORMATS: Final = ("logfmt", "json")
+LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+Need = Literal["signing_secrets", "database_url", "redis_url"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a process of clerk-sync was told. Fields that the process didn't ask for may be empty."""
+
+    signing_secrets: tuple[str, ...] = field(default=(), repr=False)
+    database_url: str = field(default="", repr=False)
+    redis_url: str = field(default="", repr=False)
+    instance_id: str | None = None
+    policy: Policy = field(default_factory=Policy)
+    port: int = 8000
+    log_format: str = "logfmt"
+    log_level: str = "INFO"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None, *, need: tuple[Need, ...] = ()) -> Settings:
+        """Read the settings, of which those named by `need` must be there.
+
+        Raises ConfigError that names every missing or bad variable at once.
+        """
+        reader = _Reader(os.environ if env is None else env)
+        secrets = reader.read("CLERK_WEBHOOK_SIGNING_SECRET", _signing_secrets, (), secret=True)
+        if not secrets:
+            secrets = reader.read("CLERK_WEBHOOK_SECRET", _signing_secrets, (), secret=True)
+        settings = cls(
+            signing_secrets=secrets,
+            database_url=reader.read("DATABASE_URL", _database_url, "", secret=True),
+            redis_url=reader.read("REDIS_URL", _broker_url, "", secret=True),
+            instance_id=reader.read("CLERK_INSTANCE_ID", str, None),
+            policy=Policy(
+                private=reader.read("COPY_PRIVATE", _one_of(Copy), Copy.ALWAYS),
+                public=reader.read("COPY_PUBLIC", _one_of(Copy), Copy.OVERSIZE),
+                unsafe=reader.read("COPY_UNSAFE", _one_of(Copy), Copy.OVERSIZE),
+                budget=reader.read("SESSION_CLAIMS_BUDGET", _integer(0, 1_000_000), 1200),
+            ),
+            port=reader.read("PORT", _integer(1, 65535), 8000),
+            log_format=reader.read("LOG_FORMAT", _choice(LOG_FORMATS), "logfmt"),
+            log_level=reader.read("LOG_LEVEL", lambda text: _choice(LOG_LEVELS)(text.upper()), "INFO"),
+        )
+        for name in need:
+            reader.require(name, getattr(settings, name))
+        if reader.problems:
+            raise ConfigError(*reader.problems)
+        return settings
+
+
+_NEEDED: Final[dict[str, tuple[str, str]]] = {
+    "signing_secrets": (
+        "CLERK_WEBHOOK_SIGNING_SECRET",
+        "copy the endpoint's Signing Secret from Clerk's Dashboard, Webhooks",
+    ),
+    "database_url": ("DATABASE_URL", "for example postgresql://user:password@host:5432/database"),
+    "redis_url": ("REDIS_URL", "for example redis://host:6379/0"),
+}
+
+
+class _Reader:
+    """Reads variables and collects what is wrong with them."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._env = env
+        self.problems: list[str] = []
+        self._bad: set[str] = set()
+
+    def read(self, name: str, parse: Callable[[str], T], default: D, *, secret: bool = False) -> T | D:
+        text = self._env.get(name, "").strip()
+        path = self._env.get(f"{name}_FILE", "").strip() if secret else ""
+        if text and path:
+            return self._bad_value(name, f"{name} and {name}_FILE are both set: keep one", default)
+        if path:
+            try:
+                text = Path(path).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                return self._bad_value(name, f"{name}_FILE can't be read ({type(error).__name__})", default)
+        if not text:
+            return default
+        try:
+            return parse(text)
+        except ValueError as error:
+            return self._bad_value(name, f"{name}: {error}", default)
+
+    def _bad_value(self, name: str, problem: str, default: D) -> D:
+        self._bad.add(name)
+        self.problems.append(problem)
+        return default
+
+    def require(self, need: str, value: object) -> None:
+        name, hint = _NEEDED[need]
+        if not value and name not in self._bad:
+            self.problems.append(f"{name} is missing: {hint}")
+
+
+def _signing_secrets(text: str) -> tuple[str, ...]:
+    secrets = tuple(text.replace(",", " ").split())
+    for number, secret in enumerate(secrets, 1):
+        problem = signing_secret_problem(secret)
+        if problem:
+            raise ValueError(problem if len(secrets) == 1 else f"secret {number} of {len(secrets)}: {problem}")
+    return secrets
+
+
+def _database_url(text: str) -> str:
+    if not text.startswith(("postgresql://", "postgres://")):
+        raise ValueError("must begin with postgresql://")
+    return text
+
+
+def _broker_url(text: str) -> str:
+    if "://" not in text:
+        raise ValueError("must be a URL such as redis://host:6379/0")
+    return text
+
+
+def _integer(lowest: int, highest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not lowest <= int(text) <= highest:
+            raise ValueError(f"must be a whole number from {lowest} to {highest}")
+        return int(text)
+
+    return parse
+
+
+def _choice(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _one_of(kind: type[Copy]) -> Callable[[str], Copy]:
+    def parse(text: str) -> Copy:
+        return kind(_choice(tuple(kind))(text.lower()))
+
+    return parse

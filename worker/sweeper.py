@@ -1,0 +1,239 @@
+"""Keeps one worker process draining, with or without a broker.
+
+The doorbell (a Celery message) only shortens the wait. A thread of the worker's main process looks into the inbox
+every two seconds by itself, so what is pending is applied while the broker is down, wiped or silent, and while
+Celery's own connection to it hangs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import psycopg
+
+from worker import inbox, metrics
+from worker.db import Connection, deadline, describe, schema_problem, schema_version
+from worker.errors import SyncError
+from worker.policy import Policy
+from worker.sync import Batch, drain_batch
+
+log = logging.getLogger(__name__)
+
+SWEEP_SECONDS: Final = 2.0
+BACKOFF_SECONDS: Final = (0.5, 4.0)
+"""The first and the longest wait after a failure; each wait is halved or kept at random, so that workers spread."""
+
+BATCH_SECONDS: Final = 60.0
+"""A batch that takes longer has lost its Postgres: its connection is cut and made anew."""
+
+LISTEN_SECONDS: Final = 6.0
+"""How often a worker asks the broker for wake-ups that it should have heard."""
+
+WATCH_SECONDS: Final = 5.0
+DEAF_SECONDS: Final = 20.0
+"""How long a wake-up may wait in the broker while this worker is idle, before it counts as deaf and is replaced."""
+
+
+class Drainer:
+    """Drains the inbox over one connection; at most one drain runs in a process at any time."""
+
+    def __init__(self, connect: Callable[[], Connection], policy: Policy) -> None:
+        self._connect = connect
+        self._policy = policy
+        self._connection: Connection | None = None
+        self._parents: Connection | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew in a forked process, which must not touch the parent's connection or lock."""
+        # Kept, or collecting it would say goodbye to Postgres in the parent's name.
+        self._parents, self._connection = self._connection, None
+        self._running = threading.Lock()
+        self._wanted = threading.Event()
+
+    def ring(self, cause: str) -> bool:
+        """Drain until nothing is pending; False where Postgres can't be had just now, so that one tries later.
+
+        Where a drain is running already, that one looks once more before it ends. Raises SyncError where waiting
+        won't help, such as a schema that this code doesn't know.
+        """
+        self._wanted.set()
+        while self._wanted.is_set() and self._running.acquire(blocking=False):
+            try:
+                while self._wanted.is_set():
+                    self._wanted.clear()
+                    if not self._drain(cause):
+                        return False
+            finally:
+                self._running.release()
+        return True
+
+    def _drain(self, cause: str) -> bool:
+        try:
+            connection = self._connected()
+            while True:
+                with deadline(connection, BATCH_SECONDS):
+                    batch = drain_batch(connection, self._policy)
+                if not batch.claimed:
+                    return True
+                self._observe(batch, cause)
+        except psycopg.OperationalError as error:
+            self._disconnect()
+            log.warning("Postgres is not to be had; what is pending stays so", extra={"error": describe(error)})
+            return False
+        except psycopg.Error as error:
+            self._disconnect()
+            # Without the original: its text can quote data.
+            raise SyncError(f"draining failed: {describe(error)}") from None
+
+    def _observe(self, batch: Batch, cause: str) -> None:
+        metrics.observe_batch(batch)
+        metrics.DRAINS.labels(cause).inc()
+        for svix_id, reason in batch.dead.items():
+            log.error("event set aside", extra={"svix_id": svix_id, "reason": reason})
+        log.info(
+            "batch applied",
+            extra={
+                "cause": cause,
+                "claimed": batch.claimed,
+                "dead": len(batch.dead),
+                **batch.outcomes,
+                "ms": round(batch.seconds * 1000, 1),
+                "oldest_s": round(max(batch.freshness, default=0.0), 1),
+            },
+        )
+
+    def busy(self) -> bool:
+        """Whether a drain is running."""
+        return self._running.locked()
+
+    def keep_house(self) -> None:
+        """Erase what dead events of deleted users still carry. Raises psycopg.Error."""
+        with self._running:
+            connection = self._connected()
+            with deadline(connection, BATCH_SECONDS):
+                inbox.forget_deleted(connection)
+
+    def close(self) -> None:
+        """Close the connection, once the drain in progress has ended."""
+        with self._running:
+            self._disconnect()
+
+    def _connected(self) -> Connection:
+        if self._connection is None or self._connection.closed:
+            connection = self._connect()
+            problem = schema_problem(schema_version(connection))
+            if problem:
+                connection.close()
+                raise SyncError(problem)
+            self._connection = connection
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+class Sweeper(threading.Thread):
+    """Rings the drainer every two seconds. Whatever the broker does, this thread has nothing to do with it.
+
+    `replace` ends this process, for whatever started it to start another; nothing is lost, since the truth is in
+    Postgres.
+    """
+
+    def __init__(self, drainer: Drainer, replace: Callable[[], None] = lambda: os._exit(70)) -> None:
+        super().__init__(name="sweeper", daemon=True)
+        self._drainer = drainer
+        self._replace = replace
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End after the drain in progress."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Sweep until stopped. An error nobody thought of ends the process, not silently this thread."""
+        try:
+            wait = SWEEP_SECONDS
+            for sweep in itertools.count():
+                wait = self._wait_after(wait, swept=self._sweep(house=sweep % 5 == 0))
+                if self._stopped.wait(wait):
+                    break
+        except Exception:
+            log.critical("the sweeper failed; ending this worker so that it is replaced", exc_info=True)
+            self._replace()
+        self._drainer.close()
+
+    def _sweep(self, *, house: bool) -> bool:
+        try:
+            swept = self._drainer.ring("sweep")
+            if swept and house:
+                self._drainer.keep_house()
+        except SyncError as error:
+            log.error(str(error))  # noqa: TRY400 - the reason is in the sentence; a traceback could quote data
+            return False
+        except psycopg.Error as error:
+            log.warning("housekeeping failed", extra={"error": describe(error)})
+            return False
+        return swept
+
+    @staticmethod
+    def _wait_after(wait: float, *, swept: bool) -> float:
+        first, longest = BACKOFF_SECONDS
+        if swept:
+            return SWEEP_SECONDS
+        doubled = first if wait == SWEEP_SECONDS else min(wait * 2, longest)
+        return doubled * random.uniform(0.5, 1)  # noqa: S311 - jitter, not a secret
+
+
+class Watch(threading.Thread):
+    """Replaces a worker that no longer hears the broker: Celery can stay deaf after a connection went half-open.
+
+    `waiting` asks the broker over a fresh connection how many wake-ups wait (None: it doesn't answer); `busy` tells
+    whether this worker drains just now, and so may leave one waiting. Whoever hears a message calls `heard()`.
+    """
+
+    def __init__(
+        self,
+        waiting: Callable[[], int | None],
+        busy: Callable[[], bool],
+        replace: Callable[[], None] = lambda: os._exit(70),
+    ) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._waiting = waiting
+        self._busy = busy
+        self._replace = replace
+        self._stopped = threading.Event()
+        self._heard = threading.Event()
+
+    def heard(self) -> None:
+        """Note that a message arrived."""
+        self._heard.set()
+
+    def stop(self) -> None:
+        """End, at the latest once the broker has answered or not."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Watch until stopped."""
+        unheard_since: float | None = None
+        while not self._stopped.wait(WATCH_SECONDS):
+            now = time.monotonic()
+            heard = self._heard.is_set()
+            self._heard.clear()
+            if heard or self._busy() or not self._waiting():
+                unheard_since = None
+            elif unheard_since is None:
+                unheard_since = now
+            elif now - unheard_since > DEAF_SECONDS:
+                log.critical("wake-ups wait in the broker and Celery doesn't hear them; ending this worker")
+                self._replace()
+                return

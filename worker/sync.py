@@ -1,0 +1,156 @@
+"""The use case: drain the inbox into the users, in batches, each one transaction.
+
+A worker that is killed anywhere leaves its batch pending and the users as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Final
+
+import psycopg
+
+from worker import claims, inbox, users
+from worker.db import Connection, describe
+from worker.events import Event, Ignored, Unusable, UserChanged, UserDeleted, parse_event
+from worker.policy import Policy, decide
+
+log = logging.getLogger(__name__)
+
+BATCH: Final = 500
+
+# What a row's own content can cause. Everything else (a lost connection, a lock, a missing table or privilege) is
+# not the event's fault: it stays pending.
+ROWS_FAULT: Final = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one transaction did, in events; `freshness` is the seconds from Svix's signature to visible, of each."""
+
+    claimed: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    dead: dict[str, str] = field(default_factory=dict)
+    freshness: list[float] = field(default_factory=list)
+    replaced: int = 0
+    seconds: float = 0.0
+
+
+def drain(
+    connection: Connection,
+    policy: Policy,
+    *,
+    batch: int = BATCH,
+    observe: Callable[[Batch], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
+    """Apply everything that is pending, until a claim finds nothing; returns the number of events claimed.
+
+    `observe` is called with each batch after its commit; `stop` is asked between batches. Raises psycopg.Error where
+    Postgres can't do it now: nothing is lost, and the caller tries again later.
+    """
+    total = 0
+    while not stop():
+        done = drain_batch(connection, policy, batch)
+        total += done.claimed
+        if done.claimed:
+            observe(done)
+        else:
+            break
+    return total
+
+
+def drain_batch(connection: Connection, policy: Policy, batch: int = BATCH) -> Batch:
+    """Claim, decide, pass the gate and mark done, in one transaction."""
+    started = time.perf_counter()
+    result = Batch()
+    with connection.transaction():
+        rows = inbox.claim(connection, batch)
+        result.claimed = len(rows)
+        if not rows:
+            return result
+        events: dict[str, list[tuple[str, UserChanged | UserDeleted]]] = defaultdict(list)
+        applied: list[str] = []
+        for row in rows:
+            match _meaning(row.body):
+                case Unusable(reason=reason):
+                    result.dead[row.svix_id] = reason
+                case Ignored():
+                    # Only a changed setting leads here: the receiver records none of these.
+                    applied.append(row.svix_id)
+                case event:
+                    events[event.user_id].append((row.svix_id, event))
+                    result.replaced += event.replaced if isinstance(event, UserChanged) else 0
+        applied += _apply(connection, policy, events, result)
+        inbox.set_aside(connection, result.dead)
+        result.freshness = inbox.finish(connection, applied)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _meaning(body: bytes) -> Event | Unusable:
+    parsed = parse_event(body)
+    return parsed if isinstance(parsed, Unusable) else parsed[1]
+
+
+Events = dict[str, list[tuple[str, UserChanged | UserDeleted]]]
+
+
+def _apply(connection: Connection, policy: Policy, events: Events, result: Batch) -> list[str]:
+    """Pass all users through the gate at once; where one of them can't be, each by itself, and that one set aside."""
+    try:
+        with connection.transaction():
+            result.outcomes += _pass(connection, policy, events)
+        return [svix_id for group in events.values() for svix_id, _ in group]
+    except ROWS_FAULT as error:
+        log.warning("a batch holds an event that can't be applied", extra={"error": describe(error)})
+    applied: list[str] = []
+    for user_id in sorted(events):
+        for svix_id, event in events[user_id]:
+            try:
+                with connection.transaction():
+                    result.outcomes += _pass(connection, policy, {user_id: [(svix_id, event)]})
+                applied.append(svix_id)
+            except ROWS_FAULT as error:
+                result.dead[svix_id] = f"Postgres refuses it: {describe(error)}"
+    return applied
+
+
+def _pass(connection: Connection, policy: Policy, events: Events) -> Counter[str]:
+    """Pass users and deletions through the gate in one order, that of the ids' bytes, in which the gate takes them
+    too: so no two workers wait for one another."""
+    outcomes: Counter[str] = Counter()
+    kept: list[UserChanged | UserDeleted] = []
+    for user_id in sorted(events):
+        group = newest([event for _, event in events[user_id]])
+        outcomes["superseded"] += len(events[user_id]) - len(group)
+        kept += group
+    for kind, run in groupby(kept, type):
+        if kind is UserDeleted:
+            deletions = [event for event in run if isinstance(event, UserDeleted)]
+            outcomes.update(users.gate_deletions(connection, deletions))
+        else:
+            changes = (_change(policy, event) for event in run if isinstance(event, UserChanged))
+            outcomes.update(users.gate_users(connection, changes))
+    return outcomes
+
+
+def _change(policy: Policy, user: UserChanged) -> users.Change:
+    weights = claims.weigh(user)
+    return users.Change(user, weights, decide(policy, user, weights))
+
+
+def newest(events: Sequence[UserChanged | UserDeleted]) -> list[UserChanged | UserDeleted]:
+    """Reduce one user's events to those that can still matter: the earliest deletion alone where there is one,
+    otherwise the newest whole user and whatever is not older than it."""
+    deletions = [event for event in events if isinstance(event, UserDeleted)]
+    if deletions:
+        return [min(deletions, key=lambda deletion: deletion.event_at)]
+    changes = [event for event in events if isinstance(event, UserChanged)]
+    latest = max(((user.version, user.event_at) for user in changes if user.whole), default=(-1, -1))
+    return list(dict.fromkeys(user for user in changes if (user.version, user.event_at) >= latest))
