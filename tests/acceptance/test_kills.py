@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import Final
@@ -40,7 +41,8 @@ def test_nothing_acknowledged_is_missing_after_a_child_of_it_was_killed(system: 
     with Traffic(system) as traffic:
         traffic.flow(50)
         for child in children(system.pids[name])[:2]:
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # Postgres ends its others when it loses one
+                os.kill(child, signal.SIGKILL)
         traffic.flow(50)
     assert set(traffic.statuses) <= {200, 202, 503, None}
     traffic.assert_all_applied()
