@@ -81,7 +81,7 @@ class Publisher:
         """Publish. Raises BrokerDown; the next call connects anew."""
         connection = self._connection or quick_connection(self._app)
         try:
-            with reaching(connection):
+            with reaching():
                 if self._producer is None:
                     connection.connect()
                     self._producer = self._app.amqp.Producer(connection.channel())

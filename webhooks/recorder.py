@@ -108,9 +108,20 @@ class Recorder:
             # Whoever gave up has been answered.
             group = [waiting for waiting in arrived if waiting and waiting[1].set_running_or_notify_cancel()]
             if group:
-                self._commit(group)
+                self._commit_or_refuse(group)
             self._busy_since = None
         self._disconnect()
+
+    def _commit_or_refuse(self, group: list[Waiting]) -> None:
+        """Commit; an error that nobody thought of must not end the thread that every request waits for."""
+        try:
+            self._commit(group)
+        except Exception:
+            log.critical("recording failed", exc_info=True)
+            self._disconnect()
+            for _, future in group:
+                if not future.done():
+                    future.set_exception(Unavailable("recording failed"))
 
     def _commit(self, group: list[Waiting]) -> None:
         """Record a group. The same id twice in one group is once a delivery and then its duplicates."""

@@ -105,7 +105,7 @@ from (select *, sum(size) over (order by received_at, svix_id) - size as before 
 where before < %(bytes)s
 """
 
-CLAIM_BYTES: Final = 16 * 1024 * 1024
+CLAIM_BYTES: Final = 4 * 1024 * 1024
 
 
 def claim(connection: Connection, most: int) -> list[Claimed]:

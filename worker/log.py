@@ -46,6 +46,7 @@ def configure(log_format: str, log_level: str) -> None:
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=stamps,
         processors=[
+            _no_broker_tracebacks,
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
             _one_line,
@@ -59,6 +60,16 @@ def configure(log_format: str, log_level: str) -> None:
     root.setLevel(log_level)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(log_level)))
+
+
+def _no_broker_tracebacks(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Celery's own loops report each failed attempt to reach the broker with its stack: the class says enough."""
+    record = event.get("_record")
+    if record is not None and record.name.startswith(("celery.beat", "celery.worker.consumer")):
+        error = event.pop("exc_info", None)
+        if isinstance(error, tuple) and error[0] is not None:
+            event["error"] = error[0].__name__
+    return event
 
 
 def _one_line(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
