@@ -41,13 +41,16 @@ SERVER_ENVIRONMENT: Mapping[str, str] = {"PATH": os.defpath, "LC_ALL": "C"}
 LAUNCHER = """
 import os, sys
 stop_signal, parent, uid, gid = map(int, sys.argv[1:5])
+linux = sys.platform == "linux"
+if linux:  # while Python's own folder can still be read
+    import ctypes
+    libc = ctypes.CDLL(None)
 if uid >= 0:
     os.setgroups([])
     os.setgid(gid)
     os.setuid(uid)
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, stop_signal)
+if linux:
+    libc.prctl(1, stop_signal)
     if os.getppid() != parent:
         sys.exit(1)
 try:
