@@ -22,16 +22,13 @@ from worker import inbox, metrics
 from worker.db import Connection, deadline, describe, schema_problem, schema_version
 from worker.errors import SyncError
 from worker.policy import Policy
-from worker.sync import Batch, drain_batch
+from worker.sync import BATCH_SECONDS, Batch, drain
 
 log = logging.getLogger(__name__)
 
 SWEEP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.5, 4.0)
 """The first and the longest wait after a failure; each wait is halved or kept at random, so that workers spread."""
-
-BATCH_SECONDS: Final = 60.0
-"""A batch that takes longer has lost its Postgres: its connection is cut and made anew."""
 
 LISTEN_SECONDS: Final = 6.0
 """How often a worker asks the broker for wake-ups that it should have heard."""
@@ -77,13 +74,7 @@ class Drainer:
 
     def _drain(self, cause: str) -> bool:
         try:
-            connection = self._connected()
-            while True:
-                with deadline(connection, BATCH_SECONDS):
-                    batch = drain_batch(connection, self._policy)
-                if not batch.claimed:
-                    return True
-                self._observe(batch, cause)
+            drain(self._connected(), self._policy, observe=lambda batch: self._observe(batch, cause))
         except psycopg.OperationalError as error:
             self._disconnect()
             log.warning("Postgres is not to be had; what is pending stays so", extra={"error": describe(error)})
@@ -92,6 +83,7 @@ class Drainer:
             self._disconnect()
             # Without the original: its text can quote data.
             raise SyncError(f"draining failed: {describe(error)}") from None
+        return True
 
     def _observe(self, batch: Batch, cause: str) -> None:
         metrics.observe_batch(batch)

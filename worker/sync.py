@@ -16,13 +16,16 @@ from typing import Final
 import psycopg
 
 from worker import claims, inbox, users
-from worker.db import Connection, describe
+from worker.db import Connection, deadline, describe
 from worker.events import Event, Ignored, Unusable, UserChanged, UserDeleted, parse_event
 from worker.policy import Policy, decide
 
 log = logging.getLogger(__name__)
 
 BATCH: Final = 500
+
+BATCH_SECONDS: Final = 60.0
+"""A batch that takes longer has lost its Postgres: its connection is cut and made anew."""
 
 # What a row's own content can cause. Everything else (a lost connection, a lock, a missing table or privilege) is
 # not the event's fault: it stays pending.
@@ -42,26 +45,17 @@ class Batch:
 
 
 def drain(
-    connection: Connection,
-    policy: Policy,
-    *,
-    batch: int = BATCH,
-    observe: Callable[[Batch], None] = lambda _: None,
-    stop: Callable[[], bool] = lambda: False,
+    connection: Connection, policy: Policy, *, batch: int = BATCH, observe: Callable[[Batch], None] = lambda _: None
 ) -> int:
     """Apply everything that is pending, until a claim finds nothing; returns the number of events claimed.
 
-    `observe` is called with each batch after its commit; `stop` is asked between batches. Raises psycopg.Error where
-    Postgres can't do it now: nothing is lost, and the caller tries again later.
+    `observe` is called with each batch after its commit. Raises psycopg.Error where Postgres can't do it now: nothing
+    is lost, and the caller tries again later.
     """
     total = 0
-    while not stop():
-        done = drain_batch(connection, policy, batch)
+    while (done := drain_batch(connection, policy, batch)).claimed:
         total += done.claimed
-        if done.claimed:
-            observe(done)
-        else:
-            break
+        observe(done)
     return total
 
 
@@ -69,7 +63,7 @@ def drain_batch(connection: Connection, policy: Policy, batch: int = BATCH) -> B
     """Claim, decide, pass the gate and mark done, in one transaction."""
     started = time.perf_counter()
     result = Batch()
-    with connection.transaction():
+    with deadline(connection, BATCH_SECONDS), connection.transaction():
         rows = inbox.claim(connection, batch)
         result.claimed = len(rows)
         if not rows:

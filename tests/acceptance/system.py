@@ -15,7 +15,7 @@ import time
 import urllib.parse
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Self, TypeVar
@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.clerk import sign
 from tests.events import deleted, envelope
+from tests.waiting import until
 from worker import local
 
 T = TypeVar("T")
@@ -47,15 +48,6 @@ def now_ms() -> int:
 def new_user() -> str:
     """The id of a user that no other test knows."""
     return f"user_{uuid.uuid4().hex}"
-
-
-def eventually(condition: Callable[[], T], limit_seconds: float = 10.0, what: str = "it") -> T:
-    """Wait until a condition holds; its value."""
-    deadline = time.monotonic() + limit_seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} didn't come to pass within {limit_seconds:g} s"
-        time.sleep(0.01)
-    return value
 
 
 def user_event(
@@ -203,7 +195,7 @@ class System:
             output=self._file,
             folder=self.data_dir.parent,
         )
-        eventually(lambda: self.info_path.exists() or self._ended(), START_SECONDS, "the start")
+        until(lambda: self.info_path.exists() or self._ended(), START_SECONDS, "the start")
         assert not self._ended(), f"it ended at its start:\n{self.output}"
 
     def stop(self, number: signal.Signals = signal.SIGTERM, limit_seconds: float = 30.0) -> int:
@@ -310,7 +302,7 @@ class System:
 
     def settle(self, limit_seconds: float = 10.0) -> None:
         """Wait until nothing is pending."""
-        eventually(lambda: self.pending() == 0, limit_seconds, "an empty inbox")
+        until(lambda: self.pending() == 0, limit_seconds, "an empty inbox")
 
     def metrics(self) -> dict[str, float]:
         """One scrape over a new connection: each sample by its name and labels."""
@@ -333,7 +325,7 @@ class System:
 
     def await_restart(self, name: str, pid: int, limit_seconds: float = 15.0) -> None:
         """Wait until a process that had this pid runs anew."""
-        eventually(lambda: self.pids[name] != pid, limit_seconds, f"the restart of {name}")
+        until(lambda: self.pids[name] != pid, limit_seconds, f"the restart of {name}")
 
     @contextlib.contextmanager
     def hung(self, name: str) -> Iterator[None]:
@@ -418,7 +410,7 @@ class Traffic:
     def flow(self, more: int, limit_seconds: float = 20.0) -> None:
         """Wait until so many more events were acknowledged."""
         wanted = self.acknowledged + more
-        eventually(lambda: self.acknowledged >= wanted, limit_seconds, f"{more} more acknowledgements")
+        until(lambda: self.acknowledged >= wanted, limit_seconds, f"{more} more acknowledgements")
 
     def assert_all_applied(self, limit_seconds: float = 15.0) -> None:
         """Everything that was acknowledged has had its effect, and nothing is pending. Once the thread has ended."""

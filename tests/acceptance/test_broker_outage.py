@@ -11,7 +11,8 @@ from typing import Any, Final
 import psycopg
 import redis
 
-from tests.acceptance.system import Client, System, Traffic, eventually, latency, new_user, now_ms, user_event
+from tests.acceptance.system import Client, System, Traffic, latency, new_user, now_ms, user_event
+from tests.waiting import until
 
 VISIBLE_WITHIN: Final = 10.0
 ACKNOWLEDGED_WITHIN: Final = 1.0
@@ -37,7 +38,7 @@ def accept_and_see(client: Client, connection: psycopg.Connection[Any], for_seco
             seen[user_id] = time.monotonic() - waiting.pop(user_id)
         return now - started > for_seconds and not waiting
 
-    eventually(all_seen, for_seconds + 2 * VISIBLE_WITHIN, "the visibility of every event")
+    until(all_seen, for_seconds + 2 * VISIBLE_WITHIN, "the visibility of every event")
     return max(seen.values())
 
 
@@ -50,10 +51,10 @@ def test_events_are_visible_within_10_s_while_redis_hangs_and_at_once_when_it_is
     system: System, client: Client
 ) -> None:
     with system.connect() as connection:
-        eventually(lambda: doorbell_works(client, connection), 30, "the doorbell")
+        until(lambda: doorbell_works(client, connection), 30, "the doorbell")
         with system.hung("redis"):
             assert accept_and_see(client, connection, for_seconds=7) < VISIBLE_WITHIN
-        eventually(lambda: doorbell_works(client, connection), 40, "the doorbell")
+        until(lambda: doorbell_works(client, connection), 40, "the doorbell")
 
 
 def test_events_are_visible_within_10_s_while_redis_is_killed_and_at_once_when_it_is_back(
@@ -63,7 +64,7 @@ def test_events_are_visible_within_10_s_while_redis_is_killed_and_at_once_when_i
         pid = system.kill("redis")
         assert accept_and_see(client, connection, for_seconds=2) < VISIBLE_WITHIN
         system.await_restart("redis", pid)
-        eventually(lambda: doorbell_works(client, connection), 40, "the doorbell")
+        until(lambda: doorbell_works(client, connection), 40, "the doorbell")
 
 
 def test_wiping_redis_and_cutting_its_connections_at_any_moment_loses_nothing(system: System) -> None:
@@ -78,7 +79,7 @@ def test_wiping_redis_and_cutting_its_connections_at_any_moment_loses_nothing(sy
             wiped += 1
             return traffic.acknowledged >= 200
 
-        eventually(wipe, 20, "200 acknowledgements")
+        until(wipe, 20, "200 acknowledgements")
     assert wiped > 50
     assert set(traffic.statuses) <= {200, 202}
     traffic.assert_all_applied()

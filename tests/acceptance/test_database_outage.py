@@ -6,7 +6,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from tests.acceptance.system import Answer, Client, System, Traffic, eventually, new_user, now_ms, user_event
+from tests.acceptance.system import Answer, Client, System, Traffic, new_user, now_ms, user_event
+from tests.waiting import until
 
 AT_ONCE: Final = 40
 """More deliveries than the receiver has threads."""
@@ -52,7 +53,7 @@ def test_deliveries_are_answered_503_in_under_5_s_while_postgres_hangs_and_202_s
             assert client.get("/healthz").status == 200
         returned = time.monotonic()
         # From every process of the receiver.
-        eventually(
+        until(
             lambda: {answer.status for answer in senders.map(lambda _: deliver_once(system), range(20))} == {202},
             BACK_WITHIN,
             "202 for all",

@@ -14,9 +14,10 @@ import psycopg
 import pytest
 
 from tests.acceptance.conftest import OLD_SECRET
-from tests.acceptance.system import CANARY, Answer, Client, System, eventually, new_user, now_ms, user_event
+from tests.acceptance.system import CANARY, Answer, Client, System, new_user, now_ms, user_event
 from tests.clerk import SECRET, sign
 from tests.events import deleted
+from tests.waiting import until
 
 MIB: Final = 1024 * 1024
 
@@ -80,7 +81,7 @@ def test_each_recorded_change_alone_makes_the_users_row(system: System, client: 
     event = json.loads((data / name).read_bytes())
     user_id = event["data"]["id"] = new_user()
     assert client.deliver(json.dumps(event).encode()).outcome == ACCEPTED
-    (row,) = eventually(lambda: system.rows(user_id)).values()
+    (row,) = until(lambda: system.rows(user_id)).values()
     # All of these are small, so the session token carries what is public and unsafe.
     assert row == (event["data"]["private_metadata"] or {}, None, None, event["data"]["updated_at"])
 
@@ -90,12 +91,12 @@ def test_oversize_metadata_is_copied_as_it_was_sent_and_null_again_once_it_fits(
     private = {"n": 2**53 + 1, "decimal": 0.1, "name": "Zoë 🦊", "": None}
     public = {"biography": "y" * 1200}
     assert client.deliver(user_event(user_id, now_ms(), private, public=public)).outcome == ACCEPTED
-    (row,) = eventually(lambda: system.rows(user_id)).values()
+    (row,) = until(lambda: system.rows(user_id)).values()
     canary = {"canary": CANARY}
     assert row[:3] == (canary | private, canary | public, canary)
     version = now_ms()
     assert client.deliver(user_event(user_id, version)).outcome == ACCEPTED
-    eventually(lambda: system.rows(user_id)[user_id] == (canary, None, None, version))
+    until(lambda: system.rows(user_id)[user_id] == (canary, None, None, version))
 
 
 def test_late_and_repeated_deliveries_change_nothing_and_a_deletion_is_terminal(system: System, client: Client) -> None:
@@ -106,7 +107,7 @@ def test_late_and_repeated_deliveries_change_nothing_and_a_deletion_is_terminal(
     system.settle()
     assert system.rows(user_id)[user_id][0]["n"] == 2
     client.deliver(deleted(user_id, version + 1000))
-    eventually(lambda: not system.rows(user_id))
+    until(lambda: not system.rows(user_id))
     for body in (user_event(user_id, version, {"n": 2}), user_event(user_id, version + 5000, {"n": 3})):
         assert client.deliver(body).outcome == ACCEPTED
     system.settle()
@@ -184,7 +185,7 @@ def test_body_of_a_mebibyte_is_taken_and_one_byte_more_is_too_large(system: Syst
     body = filled(MIB)
     assert client.deliver(body).outcome == ACCEPTED
     user_id = json.loads(body)["data"]["id"]
-    eventually(lambda: system.rows(user_id))
+    until(lambda: system.rows(user_id))
     larger = client.deliver(filled(MIB + 1))
     assert larger.status == 413
     assert larger.said.keys() == {"error"}
@@ -224,11 +225,11 @@ select exists (
 def batch_waiting_for(system: System, client: Client, user_id: str, body: bytes) -> Iterator[Answer]:
     """Deliver an event of a user whose row is held, so that the worker waits inside its transaction until the end."""
     client.deliver(user_event(user_id, now_ms(), {"n": 0}))
-    eventually(lambda: system.rows(user_id))
+    until(lambda: system.rows(user_id))
     with psycopg.connect(system.database_url) as holder, system.connect() as watcher:
         holder.execute("select from clerk.users where user_id = %s for update", (user_id,))
         answer = client.deliver(body)
-        eventually(lambda: (watcher.execute(WAITS).fetchone() or (False,))[0], what="the worker's wait")
+        until(lambda: (watcher.execute(WAITS).fetchone() or (False,))[0], what="the worker's wait")
         yield answer
 
 
@@ -242,10 +243,10 @@ def test_same_delivery_is_a_duplicate_while_it_waits_and_applied_again_afterward
         assert client.deliver(body, first.svix_id).outcome == (200, "duplicate")
         with system.client() as another:
             assert another.deliver(body, first.svix_id).outcome == (200, "duplicate")
-    eventually(lambda: system.event(first.svix_id) == ("done", 1, None, False))
+    until(lambda: system.event(first.svix_id) == ("done", 1, None, False))
     row = system.rows(user_id)
     assert client.deliver(body, first.svix_id).outcome == ACCEPTED
-    eventually(lambda: system.event(first.svix_id) == ("done", 1, None, False))
+    until(lambda: system.event(first.svix_id) == ("done", 1, None, False))
     assert system.rows(user_id) == row
     dead = client.deliver(b"{}")
     assert client.deliver(b"{}", dead.svix_id).outcome == DEAD

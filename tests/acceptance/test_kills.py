@@ -16,11 +16,11 @@ from tests.acceptance.system import (
     System,
     Traffic,
     children,
-    eventually,
     new_user,
     now_ms,
     user_event,
 )
+from tests.waiting import until
 
 
 @pytest.mark.parametrize("name", ["web", "worker", "beat", "postgres", "redis"])
@@ -59,11 +59,11 @@ def test_worker_killed_in_mid_batch_leaves_all_of_it_and_the_next_one_applies_it
 ) -> None:
     held, others = new_user(), [new_user() for _ in range(5)]
     client.deliver(user_event(held, now_ms(), {"n": 0}))
-    eventually(lambda: system.rows(held))
+    until(lambda: system.rows(held))
     with psycopg.connect(system.database_url) as holder, system.connect() as watcher:
         holder.execute("select from clerk.users where user_id = %s for update", (held,))
         sent = [client.deliver(user_event(held, now_ms(), {"n": 1}))]
-        backends = eventually(lambda: watcher.execute(WAITING).fetchall(), what="the batch")
+        backends = until(lambda: watcher.execute(WAITING).fetchall(), what="the batch")
         sent += [client.deliver(user_event(user_id, now_ms(), {"n": 2})) for user_id in others]
         sent += [client.deliver(user_event(held, now_ms(), {"n": 3}))]
         assert all(answer.outcome == (202, "accepted") for answer in sent)

@@ -11,8 +11,9 @@ from typing import Any, Final
 import pytest
 from psycopg import sql
 
-from tests.acceptance.system import CANARY, Client, System, eventually, new_user, now_ms, user_event
+from tests.acceptance.system import CANARY, Client, System, new_user, now_ms, user_event
 from tests.events import deleted
+from tests.waiting import until
 
 COUNTS: Final = {"pending", "oldest_pending_seconds", "dead", "done", "users", "tombstones"}
 
@@ -86,8 +87,8 @@ def test_event_that_postgres_refuses_holds_up_nobody_and_is_applied_by_a_retry(
     bad = client.deliver(user_event(poisoned, now_ms(), {"n": 1}))
     assert bad.outcome == (202, "accepted")
     client.deliver(user_event(good, now_ms()))
-    eventually(lambda: system.rows(good))
-    event = eventually(lambda: (found := system.event(bad.svix_id)) and found[0] == "dead" and found)
+    until(lambda: system.rows(good))
+    event = until(lambda: (found := system.event(bad.svix_id)) and found[0] == "dead" and found)
     assert event
     assert event[3], "the body is kept for the retry"
     assert "23514" in (event[2] or "")
@@ -97,7 +98,7 @@ def test_event_that_postgres_refuses_holds_up_nobody_and_is_applied_by_a_retry(
     retried = system.command("events", "retry", bad.svix_id, "--json")
     assert (retried.returncode, retried.stderr) == (0, "")
     assert json.loads(retried.stdout) == {"retried": [bad.svix_id], "not_dead": []}
-    eventually(lambda: poisoned in system.rows(poisoned))
+    until(lambda: poisoned in system.rows(poisoned))
     assert system.event(bad.svix_id) == ("done", 2, None, False)
 
     again = system.command("events", "retry", bad.svix_id, "--json")
@@ -126,10 +127,10 @@ def test_send_signs_and_posts_a_body(system: System, tmp_path: Path) -> None:
     assert (sent.returncode, sent.stderr) == (0, "")
     assert sent.stdout.split()[0] == "202"
     assert f"svix-id=msg_{user_id}" in sent.stdout
-    eventually(lambda: system.rows(user_id))
+    until(lambda: system.rows(user_id))
     piped = system.command("send", "-", text=deleted(user_id, now_ms()).decode())
     assert piped.returncode == 0
-    eventually(lambda: not system.rows(user_id))
+    until(lambda: not system.rows(user_id))
     refused = system.command("send", str(body), "--secret", "whsec_AAAA")
     assert refused.returncode == 1
     assert refused.stdout.split()[0] == "400"

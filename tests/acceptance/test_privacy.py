@@ -7,8 +7,9 @@ import urllib.parse
 
 import redis
 
-from tests.acceptance.system import CANARY, Client, System, eventually, new_user, now_ms, user_event
+from tests.acceptance.system import CANARY, Client, System, new_user, now_ms, user_event
 from tests.clerk import sign
+from tests.waiting import until
 
 
 def listen_to_broker(system: System) -> socket.socket:
@@ -51,7 +52,7 @@ def test_canary_comes_out_at_the_view_and_nowhere_else(system: System, client: C
     answers.append(client.deliver(body.replace(b"user.updated", b"session.created")))
     answers.append(client.deliver(user_event(new_user(), now_ms(), {"large": CANARY * 200_000})))
     assert [answer.status for answer in answers] == [202, 400, 400, 202, 202, 200, 413]
-    assert CANARY in str(eventually(lambda: system.rows(user_id)))
+    assert CANARY in str(until(lambda: system.rows(user_id)))
     dead = [answer.svix_id for answer in answers[3:5]]
     said = [answer.body.decode() for answer in answers]
     said += [str(system.event(svix_id)) for svix_id in dead]

@@ -6,7 +6,8 @@ import signal
 import stat
 from collections.abc import Callable
 
-from tests.acceptance.system import System, children, eventually, new_user, now_ms, user_event
+from tests.acceptance.system import System, children, new_user, now_ms, user_event
+from tests.waiting import until
 from worker.local import command_line
 
 
@@ -27,7 +28,7 @@ def test_up_stops_cleanly_on_either_signal_and_goes_on_where_it_was(new_system: 
     seen, unseen, theirs = new_user(), new_user(), new_user()
     with system.client() as client:
         assert client.deliver(user_event(seen, version, instance_id="ins_ours")).outcome == (202, "accepted")
-        eventually(lambda: system.rows(seen))
+        until(lambda: system.rows(seen))
         other = client.deliver(user_event(theirs, version, instance_id="ins_another"))
         assert other.outcome == (200, "ignored")
         assert system.event(other.svix_id) is None
@@ -43,11 +44,11 @@ def test_up_stops_cleanly_on_either_signal_and_goes_on_where_it_was(new_system: 
     system.start()
     assert system.signing_secret == secret
     assert system.rows(seen)[seen][3] == version
-    eventually(lambda: system.rows(unseen))
+    until(lambda: system.rows(unseen))
     assert not system.rows(theirs)
     with system.client() as client:
         assert client.deliver(user_event(seen, version + 1)).outcome == (202, "accepted")
-    eventually(lambda: system.rows(seen)[seen][3] == version + 1)
+    until(lambda: system.rows(seen)[seen][3] == version + 1)
     before = processes(system)
     assert system.stop(signal.SIGINT) == 0
     assert not list(filter(command_line, before))

@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from tests.events import changed, incoming
+from tests.waiting import until
 from webhooks.doorbell import Doorbell, Publisher
 from worker import db, inbox, sweeper
 from worker.app import QUEUE, create_celery, waiting
@@ -21,14 +22,6 @@ from worker.db import Connection
 from worker.errors import BrokerDown, SyncError
 from worker.policy import Policy
 from worker.sweeper import Drainer, Sweeper, Watch
-
-
-def wait(condition: Callable[[], object], limit_seconds: float = 10.0) -> None:
-    limit = time.monotonic() + limit_seconds
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < limit, "it didn't come about in time"
-        pause.wait(0.005)
 
 
 @pytest.fixture
@@ -73,7 +66,7 @@ def test_a_burst_of_rings_is_a_few_publishes_and_the_last_ring_is_heard() -> Non
     for _ in range(20_000):
         doorbell.ring()
     last = time.monotonic()
-    wait(lambda: published and published[-1] >= last)
+    until(lambda: published and published[-1] >= last)
     assert len(published) <= 2 + (published[-1] - started) / 0.02
 
 
@@ -142,7 +135,7 @@ def test_the_sweeper_applies_what_no_doorbell_told_of(
     try:
         connection = connect()
         inbox.record(connection, [incoming(changed())])
-        wait(lambda: pending(connection) == 0)
+        until(lambda: pending(connection) == 0)
         assert connection.execute("select count(*) from clerk.user_metadata").fetchone() == (1,)
     finally:
         thread.stop()
@@ -164,7 +157,7 @@ def test_a_drain_that_runs_looks_again_for_whoever_rang_meanwhile(
         connection.execute("lock table clerk.users in exclusive mode")
         running = threading.Thread(target=drainer.ring, args=("sweep",))
         running.start()
-        wait(lambda: other.execute(BLOCKED).fetchone() is not None)
+        until(lambda: other.execute(BLOCKED).fetchone() is not None)
         inbox.record(other, [incoming(changed("user_b"))])
         assert drainer.ring("doorbell")  # returns at once: the one that runs looks again
     running.join(10)

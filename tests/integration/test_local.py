@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,17 +15,11 @@ import psycopg
 import pytest
 from redis import Redis
 
+from tests.waiting import until
 from worker import local
 from worker.errors import ConfigError, SyncError
 
 AS_ROOT = os.geteuid() == 0
-
-
-def until(condition: Callable[[], object], limit_seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + limit_seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come to pass in time"
-        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:

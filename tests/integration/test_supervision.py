@@ -13,18 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
 from worker import local, supervise
 from worker.supervise import Part, Pids, Supervisor
 
 FOREVER = "sleep 1000"
 CLERK_SYNC = (sys.executable, "-c", "from worker.cli import main; main()")
-
-
-def until(condition: Callable[[], object], limit_seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + limit_seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come to pass in time"
-        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:

@@ -14,12 +14,14 @@ import psycopg
 import pytest
 
 from tests.events import changed, deleted, incoming
+from tests.waiting import until
 from worker import inbox, sync
 from worker.db import Connection
-from worker.events import UserChanged
 from worker.policy import Policy
 
 Connect = Callable[[], Connection]
+
+WAITS_FOR_A_LOCK = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
 
 STATES = "select state, count(*) from clerk.webhook_events group by state"
 
@@ -188,17 +190,6 @@ def test_concurrent_drains_end_in_the_newest_rows_and_every_deletion_holds(conne
     assert check.execute("select count(*) from clerk.user_contents").fetchone() == (30,)
 
 
-def waits_for_a_lock(connection: Connection, pid: int) -> None:
-    """Wait until that backend waits for a lock."""
-    query = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
-    limit = threading.Event()
-    for _ in range(500):
-        if connection.execute(query, (pid,)).fetchone() == (True,):
-            return
-        limit.wait(0.01)
-    raise AssertionError("it didn't come to wait for a lock")
-
-
 @pytest.mark.parametrize(
     ("first", "second", "left"),
     [
@@ -222,22 +213,11 @@ def test_a_race_for_one_user_ends_right(
             assert sync.drain_batch(one, Policy()).claimed == 1
             record(watch, second)
             behind = pool.submit(sync.drain_batch, two, Policy())
-            waits_for_a_lock(watch, two.info.backend_pid)
+            until(lambda: watch.execute(WAITS_FOR_A_LOCK, (two.info.backend_pid,)).fetchone() == (True,))
         assert behind.result(10).claimed == 1
     found = watch.execute("select (extract(epoch from updated_at) * 1000)::int from clerk.user_metadata").fetchall()
     assert [version for (version,) in found] == left
     assert states(watch) == {"done": 3 if known else 2}
-
-
-def user(version: int, event_at: int = 1, *, whole: bool = True) -> UserChanged:
-    return UserChanged("user_a", version, event_at, b"{}" if whole else None, b"{}", b"{}")
-
-
-def test_a_user_s_events_are_reduced_to_those_that_can_still_matter() -> None:
-    assert sync.newest([user(1), user(3), user(2)]) == [user(3)]
-    assert sync.newest([user(1), user(3, whole=False), user(2)]) == [user(3, whole=False), user(2)]
-    assert sync.newest([user(1), user(1)]) == [user(1)]
-    assert sync.newest([user(1, 1), user(1, 2)]) == [user(1, 2)]
 
 
 def test_applied_events_are_pruned_and_dead_ones_are_kept(connect: Connect) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from werkzeug.test import TestResponse
 
 from tests.clerk import SECRET, sign
 from tests.events import changed, deleted, envelope, incoming
+from tests.waiting import until
 from webhooks.app import LARGEST_BODY, create_app
 from webhooks.health import Health
 from webhooks.recorder import Recorder
@@ -212,7 +212,7 @@ def test_a_burst_shares_its_commits_and_each_delivery_gets_its_own_answer(
             # While the table is locked the deliveries pile up, and then go in together.
             connection.execute("lock table clerk.webhook_events in exclusive mode")
             answers = [pool.submit(receiver.recorder.record, _incoming(number % 30)) for number in range(60)]
-            _wait(lambda: _waiting(watch))
+            until(lambda: _waiting(watch))
         new = [answer.result(10) for answer in answers]
     assert sum(new) == 30
     assert len(stored(connection)) == 30
@@ -232,14 +232,6 @@ select count(*) from pg_stat_activity where application_name = 'clerk-sync recei
 def _waiting(connection: Connection) -> bool:
     (count,) = connection.execute(WAITING).fetchone() or (0,)
     return bool(count)
-
-
-def _wait(condition: Callable[[], bool], limit_seconds: float = 10.0) -> None:
-    limit = time.monotonic() + limit_seconds
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < limit, "it didn't come about in time"
-        pause.wait(0.005)
 
 
 def test_without_postgres_it_is_503_with_retry_after() -> None:
@@ -281,7 +273,7 @@ def test_a_commit_that_hangs_is_given_up_and_the_next_one_succeeds(
         with connection.transaction():
             connection.execute("lock table clerk.webhook_events in exclusive mode")
             assert receiver.post(changed("user_b")).status_code == 503
-        _wait(lambda: receiver.post(changed("user_c")).status_code == 202)
+        until(lambda: receiver.post(changed("user_c")).status_code == 202)
 
 
 def test_a_connection_that_died_while_idle_costs_nobody_a_503(
