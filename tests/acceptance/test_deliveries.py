@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -250,3 +252,15 @@ def test_same_delivery_is_a_duplicate_while_it_waits_and_applied_again_afterward
     assert system.rows(user_id) == row
     dead = client.deliver(b"{}")
     assert client.deliver(b"{}", dead.svix_id).outcome == DEAD
+
+
+def test_two_hundred_connections_that_say_nothing_hold_up_no_delivery(system: System) -> None:
+    url = urlsplit(system.url)
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(socket.create_connection((str(url.hostname), url.port or 80), timeout=10))
+        for _ in range(5):
+            with system.client() as client:
+                started = time.monotonic()
+                assert client.deliver(user_event(new_user(), now_ms())).status == 202
+                assert time.monotonic() - started < 3
