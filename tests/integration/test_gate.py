@@ -249,6 +249,9 @@ def test_any_order_and_repetition_ends_in_the_row_of_the_newest(
         else:
             assert tuple(None if text is None else json.loads(text) for text in found[:3]) == expected[0]
             assert found[4] == expected[1]
+            assert found[3] == 39 + sum(
+                len(json.dumps(kind or {}, separators=(",", ":")).encode()) for kind in expected[0][1:]
+            )
         ends.append(state(db))
     assert ends[0] == ends[1]
 
