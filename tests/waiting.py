@@ -14,5 +14,5 @@ def until(condition: Callable[[], T], limit_seconds: float = 10.0, what: str = "
     deadline = time.monotonic() + limit_seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} didn't come to pass within {limit_seconds:g} s"
-        time.sleep(0.005)
+        time.sleep(0.005)  # between two looks, not instead of one
     return value

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from flask import Flask, Response, g, jsonify, request
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
 
 from webhooks.signature import Delivery, Verify
 from worker import metrics
@@ -19,7 +20,9 @@ from worker.inbox import Incoming
 log = logging.getLogger(__name__)
 
 LARGEST_BODY: Final = 1024 * 1024
-RETRY_AFTER_SECONDS: Final = 5
+UNREADABLE: Final = {"error": "the body can't be read"}
+LATER: Final = {"error": "the event can't be taken now; deliver it again"}
+RETRY: Final = {"Retry-After": "5"}  # seconds
 
 Answer = tuple[Response, int] | tuple[Response, int, Mapping[str, str]]
 
@@ -44,14 +47,14 @@ def create_app(
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     app.register_error_handler(RequestEntityTooLarge, _too_large)
+    app.register_error_handler(InternalServerError, _failed)
     app.register_error_handler(HTTPException, _http_error)
 
     @app.post("/webhooks/clerk", provide_automatic_options=False)
     def webhook() -> Answer:
-        body = request.get_data(cache=False)
-        # Werkzeug cuts a body without a length at the limit and says nothing.
-        if len(body) == LARGEST_BODY and request.content_length is None and request.environ["wsgi.input"].read(1):
-            raise RequestEntityTooLarge
+        body = _body()
+        if body is None:
+            return _answer("refused", 400, UNREADABLE, {"reason": UNREADABLE["error"]})
         g.started = time.perf_counter()
         try:
             delivery = verify(request.headers, body)
@@ -101,9 +104,7 @@ def _take(
     try:
         new = record(incoming)
     except Unavailable as unavailable:
-        sentence = {"error": "the event can't be stored now; deliver it again"}
-        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-        return _answer("unavailable", 503, sentence, known | {"reason": str(unavailable)}, headers)
+        return _answer("unavailable", 503, LATER, known | {"reason": str(unavailable)}, RETRY)
     if not new:
         return _answer("duplicate", 200, {"status": "duplicate"}, known)
     if error is not None:
@@ -137,17 +138,35 @@ def _too_large(_: RequestEntityTooLarge) -> Answer:
     return _answer("too_large", 413, {"error": "the body is over 1 MiB"}, {})
 
 
+def _failed(_: InternalServerError) -> Answer:
+    """Whatever nobody thought of is ours to mend, not the sender's: Svix delivers the event again."""
+    return jsonify(LATER), 503, RETRY
+
+
 def _http_error(error: HTTPException) -> Answer:
     headers = {name: value for name, value in error.get_headers() if name == "Allow"}
     return jsonify(error=error.name.lower()), error.code or 500, headers
+
+
+def _body() -> bytes | None:
+    """The body as it was sent; None where it is no body, or broke off. Raises RequestEntityTooLarge."""
+    try:
+        body = request.get_data(cache=False)
+        # Werkzeug cuts a body without a length at the limit and says nothing.
+        cut = len(body) == LARGEST_BODY and request.content_length is None and request.environ["wsgi.input"].read(1)
+    except RequestEntityTooLarge:
+        raise
+    except Exception:  # noqa: BLE001 - each web server has its own errors for it
+        return None
+    if cut:
+        raise RequestEntityTooLarge
+    return body
 
 
 def _swallow() -> None:
     """Read on for a while: a client that is still sending a body that is too large would miss the answer."""
     left = 8 * LARGEST_BODY
     stream = request.environ["wsgi.input"]
-    while left > 0:
-        chunk = stream.read(min(left, 65536))
-        if not chunk:
-            return
-        left -= len(chunk)
+    with contextlib.suppress(Exception):  # whatever it is, it is answered already
+        while left > 0 and (chunk := stream.read(min(left, 65536))):
+            left -= len(chunk)

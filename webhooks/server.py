@@ -1,5 +1,6 @@
 """How gunicorn serves the receiver (`gunicorn --config python:webhooks.server`). Its own flags still win."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -32,6 +33,21 @@ gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.05  # type: ignore[misc] # gunicorn has 
 _own_metrics = not os.environ.get("PROMETHEUS_MULTIPROC_DIR")
 if _own_metrics:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="clerk-sync-metrics-")
+
+
+def on_starting(_server: Any) -> None:
+    """Let gunicorn log as everything else does, now that the application has said how, and without its senders."""
+    log = logging.getLogger("gunicorn.error")
+    log.handlers.clear()
+    log.propagate = True
+    log.addFilter(_without_sender)
+
+
+def _without_sender(record: logging.LogRecord) -> bool:
+    """gunicorn quotes the address and the bytes of a request that isn't HTTP."""
+    if str(record.msg).startswith("Invalid request from"):
+        record.msg, record.args = "a request that isn't valid HTTP was refused", ()
+    return True
 
 
 def on_exit(_server: Any) -> None:

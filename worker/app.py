@@ -161,8 +161,7 @@ def _prune(database_url: str) -> None:
     """Delete applied events that are past their time, in small steps."""
     try:
         with db.connect(database_url, "prune") as connection:
-            while inbox.prune(connection, KEEP_APPLIED) == 10_000:
-                pass
+            inbox.prune(connection, KEEP_APPLIED)
     except psycopg.OperationalError as error:
         logger.warning("pruning is put off", extra={"error": db.describe(error)})
     except psycopg.Error as error:

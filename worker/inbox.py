@@ -187,9 +187,17 @@ where svix_id in (
 """
 
 
-def prune(connection: Connection, keep: timedelta, most: int = 10_000) -> int:
-    """Delete up to `most` applied events that came longer ago than `keep`; returns how many."""
-    return connection.execute(PRUNE, {"keep": keep, "most": most}).rowcount
+PRUNE_STEP: Final = 10_000
+
+
+def prune(connection: Connection, keep: timedelta) -> int:
+    """Delete applied events that came longer ago than `keep`, a step at a time; returns how many."""
+    total = 0
+    while True:
+        deleted = connection.execute(PRUNE, {"keep": keep, "most": PRUNE_STEP}).rowcount
+        total += deleted
+        if deleted < PRUNE_STEP:
+            return total
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import MutableMapping
+import traceback
+from collections.abc import Iterator, MutableMapping
 from typing import Any, Final
 
 import structlog
@@ -26,6 +27,8 @@ _QUIET: Final = (
     "alembic",
     "svix",
 )
+
+_OURS: Final = frozenset({"webhooks", "worker", "migrations"})
 
 
 def configure(log_format: str, log_level: str) -> None:
@@ -46,9 +49,8 @@ def configure(log_format: str, log_level: str) -> None:
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=stamps,
         processors=[
-            _no_broker_tracebacks,
+            _where_not_what,
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            structlog.processors.format_exc_info,
             _one_line,
             renderer,
         ],
@@ -62,14 +64,33 @@ def configure(log_format: str, log_level: str) -> None:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(log_level)))
 
 
-def _no_broker_tracebacks(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Celery's own loops report each failed attempt to reach the broker with its stack: the class says enough."""
-    record = event.get("_record")
-    if record is not None and record.name.startswith(("celery.beat", "celery.worker.consumer")):
-        error = event.pop("exc_info", None)
-        if isinstance(error, tuple) and error[0] is not None:
-            event["error"] = error[0].__name__
+def _where_not_what(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Of an exception, the classes and where it happened: our own lines and the one that raised it.
+
+    Never its text, nor a cause's: a database's or a library's message can quote what it choked on.
+    """
+    found = event.pop("exc_info", None)
+    error = found[1] if isinstance(found, tuple) else None
+    if error is not None:
+        event["error"] = " < ".join(type(link).__name__ for link in _chain(error))
+        event["at"] = " > ".join(_places(error))
     return event
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _places(error: BaseException) -> Iterator[str]:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    for position, (frame, line) in enumerate(frames, 1):
+        module = str(frame.f_globals.get("__name__", "?"))
+        if position == len(frames) or module.partition(".")[0] in _OURS:
+            yield f"{module}:{line}"
 
 
 def _one_line(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

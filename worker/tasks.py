@@ -5,10 +5,15 @@ They don't retry themselves: the sweeper of the same process tries again with ba
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
 from celery import Celery
+
+from worker.errors import SyncError
+
+log = logging.getLogger(__name__)
 
 DRAIN: Final = "clerk.drain"
 PRUNE: Final = "clerk.prune"
@@ -17,10 +22,22 @@ PRUNE: Final = "clerk.prune"
 def register(app: Celery, *, drain: Callable[[], Any], prune: Callable[[], Any]) -> None:
     """Give the app its tasks: what to do is passed in."""
 
-    @app.task(name=DRAIN)
+    # shared=False: or Celery gives them to every other app of the process as well.
+    @app.task(name=DRAIN, shared=False)
     def _drain() -> None:
-        drain()
+        _run(DRAIN, drain)
 
-    @app.task(name=PRUNE)
+    @app.task(name=PRUNE, shared=False)
     def _prune() -> None:
-        prune()
+        _run(PRUNE, prune)
+
+
+def _run(name: str, work: Callable[[], Any]) -> None:
+    """Run a task's work. Celery logs what a task raises with its text, so only our own errors get there."""
+    try:
+        work()
+    except SyncError:
+        raise
+    except Exception as error:
+        log.critical("a task failed", extra={"task": name}, exc_info=True)
+        raise SyncError(f"{name} failed: {type(error).__name__}") from None

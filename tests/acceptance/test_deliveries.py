@@ -264,3 +264,35 @@ def test_two_hundred_connections_that_say_nothing_hold_up_no_delivery(system: Sy
                 started = time.monotonic()
                 assert client.deliver(user_event(new_user(), now_ms())).status == 202
                 assert time.monotonic() - started < 3
+
+
+POST: Final = b"POST /webhooks/clerk HTTP/1.1\r\nHost: here\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (CANARY.encode() + b"\r\n\r\n", 400),
+        (POST + CANARY.encode() + b"\r\n\r\n", 400),
+        (POST + b"X-Odd: \x00" + CANARY.encode() + b"\r\n\r\n", 400),
+        (POST + b"Content-Length: " + CANARY.encode() + b"\r\n\r\n", 400),
+        (POST + b"Content-Length: 1000\r\n\r\n" + CANARY.encode(), 400),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n" + CANARY.encode() + b"\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab", 400),
+        (POST + b"X-Long: " + CANARY.encode() * 3000 + b"\r\n\r\n", 431),
+    ],
+    ids=["no HTTP", "no header", "NUL", "length", "cut short", "no chunk", "cut chunk", "long header"],
+)
+def test_what_is_not_http_is_refused_without_a_trace_of_it_or_its_sender(
+    system: System, request_bytes: bytes, status: int
+) -> None:
+    url = urlsplit(system.url)
+    before = len(system.output)
+    with socket.create_connection((str(url.hostname), url.port or 80), timeout=10) as connection:
+        connection.sendall(request_bytes)
+        connection.shutdown(socket.SHUT_WR)
+        answer = connection.recv(4096)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    until(lambda: "refused" in system.output[before:], what="a line about it")
+    assert CANARY not in system.output[before:]
+    assert "127.0.0.1" not in system.output[before:]

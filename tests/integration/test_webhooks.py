@@ -179,6 +179,17 @@ def test_a_body_of_one_mebibyte_is_taken_and_a_larger_one_is_not(receiver: Recei
     assert receiver.post(body + b" ").status_code == 413
 
 
+def test_an_error_that_nobody_thought_of_is_a_503_and_its_text_stays_inside(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver.client.application, "testing", False)
+    monkeypatch.setattr("webhooks.app.parse_event", lambda *_, **__: int("c4nary"))
+    answer = receiver.post(changed())
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"]
+    assert "c4nary" not in answer.text
+
+
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
 def test_another_method_is_405(receiver: Receiver, method: str) -> None:
     assert receiver.client.open("/webhooks/clerk", method=method).status_code == 405

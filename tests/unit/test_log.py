@@ -65,14 +65,24 @@ def test_libraries_that_would_tell_what_they_send_stay_quiet(
     assert written() == []
 
 
-def test_an_attempt_to_reach_the_broker_is_a_line_without_its_stack(
-    lines: Callable[[str], Callable[[], list[str]]],
+def fail() -> None:
+    try:
+        int("c4nary")
+    except ValueError:
+        raise KeyError("c4nary")  # noqa: B904 - its context is what a log could quote
+
+
+def test_an_exception_is_told_by_its_classes_and_places_never_by_its_text(
+    lines: Callable[[str], Callable[[], list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(log, "_OURS", frozenset({"tests"}))
     written = lines("logfmt")
-    error = ConnectionRefusedError("c4nary")
-    logging.getLogger("celery.beat").error("beat: Connection error\n", exc_info=error)
+    try:
+        fail()
+    except KeyError:
+        logging.getLogger("anyone").exception("it failed\n")
     (line,) = written()
-    assert "error=ConnectionRefusedError" in line
-    assert "Traceback" not in line
+    assert 'error="KeyError < ValueError"' in line
+    assert line.count("tests.unit.test_log:") == 2
     assert "c4nary" not in line
     assert "\\n" not in line
