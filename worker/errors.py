@@ -13,6 +13,14 @@ class ConfigError(SyncError):
         self.problems = problems
 
 
+class TemplateError(SyncError):
+    """A claims template that Clerk would refuse or render wrongly; `problems` says where and what to do."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
 class SignatureError(SyncError):
     """A delivery whose sender could not be verified: answered 400, nothing kept."""
 

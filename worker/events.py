@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from worker.errors import EventError
-from worker.jsontext import holdable
+from worker.jsontext import compact, holdable
 
 CHANGED_TYPES: Final = frozenset({"user.created", "user.updated"})
 DELETED_TYPE: Final = "user.deleted"
@@ -24,7 +24,26 @@ LATEST_MS: Final = 253_402_300_799_999
 SECONDS_BELOW: Final = 100_000_000_000
 """An envelope `timestamp` below this is in seconds: docs and deliveries use milliseconds, Clerk's spec seconds."""
 
+PROFILE: Final = (
+    "first_name",
+    "last_name",
+    "username",
+    "external_id",
+    "created_at",
+    "primary_email_address",
+    "primary_phone_number",
+    "email_verified",
+    "phone_number_verified",
+    "image_url",
+    "two_factor_enabled",
+)
+"""What a claims template can carry of a user besides metadata, id and version; the order of `UserChanged.profile`."""
+
+NULL: Final = b"null"
+NO_PROFILE: Final = (NULL,) * len(PROFILE)
+
 _USER_ID: Final = re.compile(r"[!-~]{1,255}")
+_INTEGER: Final = re.compile(rb"-?[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +51,8 @@ class UserChanged:
     """A whole user as Clerk had it at `version`; a kind of metadata is None where its key was absent.
 
     `version` is `data.updated_at` and `event_at` the envelope's `timestamp`, both in milliseconds since 1970.
-    Metadata is JSON text of an object (`null` arrives as `{}`). `replaced` counts what jsonb can't hold.
+    Metadata is JSON text of an object (`null` arrives as `{}`). `replaced` counts what jsonb can't hold. `profile`
+    is the compact JSON of each of PROFILE, `null` where it is missing or of a wrong type.
     """
 
     user_id: str
@@ -42,6 +62,7 @@ class UserChanged:
     public_metadata: bytes | None
     unsafe_metadata: bytes | None
     replaced: int = 0
+    profile: tuple[bytes, ...] = NO_PROFILE
 
     @property
     def whole(self) -> bool:
@@ -74,6 +95,9 @@ class Ignored:
 Event = UserChanged | UserDeleted | Ignored
 
 
+_ABSENT: Final = msgspec.Raw(NULL)
+
+
 class _Envelope(msgspec.Struct):
     type: Any = msgspec.UNSET
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -87,11 +111,39 @@ class _User(msgspec.Struct):
     private_metadata: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     public_metadata: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     unsafe_metadata: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    # Whatever stands in what follows, the event is usable: so nothing of it is decoded along with the rest.
+    first_name: msgspec.Raw = _ABSENT
+    last_name: msgspec.Raw = _ABSENT
+    username: msgspec.Raw = _ABSENT
+    external_id: msgspec.Raw = _ABSENT
+    created_at: msgspec.Raw = _ABSENT
+    primary_email_address_id: msgspec.Raw = _ABSENT
+    primary_phone_number_id: msgspec.Raw = _ABSENT
+    email_addresses: msgspec.Raw = _ABSENT
+    phone_numbers: msgspec.Raw = _ABSENT
+    image_url: msgspec.Raw = _ABSENT
+    two_factor_enabled: msgspec.Raw = _ABSENT
+
+
+class _Contact(msgspec.Struct):
+    """One of a user's email addresses or phone numbers."""
+
+    id: msgspec.Raw = _ABSENT
+    email_address: msgspec.Raw = _ABSENT
+    phone_number: msgspec.Raw = _ABSENT
+    verification: msgspec.Raw = _ABSENT
+
+
+class _Verification(msgspec.Struct):
+    status: msgspec.Raw = _ABSENT
 
 
 T = TypeVar("T")
 _envelope = msgspec.json.Decoder(_Envelope)
 _user = msgspec.json.Decoder(_User)
+_contacts = msgspec.json.Decoder(list[msgspec.Raw])
+_contact = msgspec.json.Decoder(_Contact)
+_verification = msgspec.json.Decoder(_Verification)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +200,7 @@ def _changed(user: _User, user_id: str, event_at: int | None, replaced: int) -> 
         _object(user.public_metadata, "data.public_metadata"),
         _object(user.unsafe_metadata, "data.unsafe_metadata"),
         replaced,
+        _profile(user),
     )
 
 
@@ -203,3 +256,67 @@ def _object(value: msgspec.Raw | msgspec.UnsetType, name: str) -> bytes | None:
     if not text.startswith(b"{"):
         raise EventError(f"{name} is not an object")
     return text
+
+
+# --- The profile. It matters only to what a token weighs, so nothing in it makes an event unusable.
+
+
+def _profile(user: _User) -> tuple[bytes, ...]:
+    """The compact JSON of each of PROFILE, in that order."""
+    email = _primary(user.email_addresses, user.primary_email_address_id)
+    phone = _primary(user.phone_numbers, user.primary_phone_number_id)
+    return (
+        _string(user.first_name),
+        _string(user.last_name),
+        _string(user.username),
+        _string(user.external_id),
+        _integer(user.created_at),
+        _string(email.email_address),
+        _string(phone.phone_number),
+        _verified(email),
+        _verified(phone),
+        _string(user.image_url),
+        _boolean(user.two_factor_enabled),
+    )
+
+
+_NO_CONTACT: Final = _Contact()
+
+
+def _primary(contacts: msgspec.Raw, contact_id: msgspec.Raw) -> _Contact:
+    """The contact with that id, which need not be the first one."""
+    wanted = _string(contact_id)
+    text = bytes(contacts)
+    if wanted == NULL or not text.startswith(b"["):
+        return _NO_CONTACT
+    for item in map(bytes, _contacts.decode(text)):
+        # A cheap first look; the id may be spelled with escapes.
+        if item.startswith(b"{") and (wanted in item or b"\\" in item):
+            contact = _contact.decode(item)
+            if _string(contact.id) == wanted:
+                return contact
+    return _NO_CONTACT
+
+
+def _verified(contact: _Contact) -> bytes:
+    text = bytes(contact.verification)
+    if not text.startswith(b"{"):
+        return b"false"
+    return b"true" if _string(_verification.decode(text).status) == b'"verified"' else b"false"
+
+
+def _string(value: msgspec.Raw) -> bytes:
+    text = bytes(value)
+    if not text.startswith(b'"'):
+        return NULL
+    return compact(text) if b"\\" in text else text
+
+
+def _integer(value: msgspec.Raw) -> bytes:
+    text = bytes(value)
+    return text if _INTEGER.fullmatch(text) else NULL
+
+
+def _boolean(value: msgspec.Raw) -> bytes:
+    text = bytes(value)
+    return text if text in (b"true", b"false") else NULL

@@ -262,7 +262,8 @@ select
   ), 0)::float8 as oldest_pending_seconds,
   case when users.size < 100000 then (select count(*) from clerk.users where deleted_at is null)
     else users.size - (select count(*) from clerk.users where deleted_at is not null) end::bigint as users,
-  (select count(*) from clerk.users where deleted_at is not null) as tombstones
+  (select count(*) from clerk.users where deleted_at is not null) as tombstones,
+  (select count(*) from clerk.users where over_budget) as users_over_budget
 from
   (select reltuples as size from pg_class where oid = 'clerk.webhook_events'::regclass) as events,
   (select reltuples as size from pg_class where oid = 'clerk.users'::regclass) as users
@@ -270,7 +271,7 @@ from
 
 
 def counts(connection: Connection) -> dict[str, Any]:
-    """Events by state, the age of the oldest pending one in seconds, users and tombstones."""
+    """Events by state, the age of the oldest pending one in seconds, users, those over the budget, and tombstones."""
     with connection.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(COUNTS).fetchone()
     assert row is not None  # noqa: S101 - an aggregate without grouping always has one row

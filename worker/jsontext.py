@@ -1,4 +1,4 @@
-r"""JSON text that Postgres can hold and a recursive parser can read, and what it weighs. Bytes in, bytes out.
+r"""JSON text that Postgres can hold and a recursive parser can read, and its compact form. Bytes in, bytes out.
 
 Nothing is decoded to objects, so numbers, key order and spelling survive untouched. Every function here is
 linear in time and free of recursion, whatever the text.
@@ -223,44 +223,56 @@ def _is_utf8(body: bytes) -> bool:
     return True
 
 
-# --- Weight.
+# --- The compact form.
 
-_STRINGS: Final = re.compile(rb'"[^"]*"')
-_SHORTENED: Final = re.compile(
-    rb"""
-      \\u[dD][89abAB]..\\u[dD][c-fC-F]..  ()  # a pair: four bytes
-    | \\u00(?:0[89aAcCdD]|22|5[cC])       ()  # one that JSON must escape, but can in two bytes
-    | \\u00[01].                          ()  # one that JSON must escape like this
-    | \\u00[2-7].                         ()  # one byte
-    | \\u0[0-7]..                         ()  # two bytes
-    | \\u....                             ()  # three bytes
-    | \\/                                 ()  # one byte
-    """,
-    re.VERBOSE | re.DOTALL,
+# Bytes that no UTF-8 text contains stand in for escaped backslashes and quotes while the rest is looked at: then
+# each backslash begins an escape, and a string ends at the next quote.
+_BACKSLASH: Final = b"\xfe"
+_QUOTE: Final = b"\xff"
+
+_LENGTHENED: Final = re.compile(
+    rb"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|/)"
 )
-_SAVED: Final = (0, 8, 4, 0, 5, 4, 3, 1)
+"""Escapes that JSON doesn't demand, or not in this form; those that are as short as can be too."""
+
+_DEMANDED: Final = {
+    **{code: b"\\u%04x" % code for code in range(0x20)},
+    **dict(zip(b"\b\t\n\f\r", (b"\\b", b"\\t", b"\\n", b"\\f", b"\\r"), strict=True)),
+    ord("\\"): _BACKSLASH,
+    ord('"'): _QUOTE,
+}
+"""How the characters are written that JSON demands an escape for."""
 
 
-def compact_size(value: bytes) -> int:
-    """Count the UTF-8 bytes of a valid JSON text in its compact form.
+def compact(value: bytes) -> bytes:
+    """The compact form of a valid JSON text: what Python's `json.dumps(…, ensure_ascii=False, separators=(",", ":"))`
+    makes of it, but for the numbers.
 
     That is: no white space outside strings, strings with only those escapes that JSON demands and in their
-    shortest form, numbers as they were sent. Equal keys count as often as they stand there; a lone surrogate
-    counts as U+FFFD.
+    shortest form, numbers as they were sent. Equal keys stay as often as they stand there; a lone surrogate
+    becomes U+FFFD. Never raises.
     """
     escaped = b"\\" in value
-    spaced = b" " in value or b"\n" in value or b"\t" in value or b"\r" in value
-    if not escaped and not spaced:
-        return len(value)
-    size = len(value)
-    bare = value
     if escaped:
-        # With escaped backslashes out of the way, each one left begins an escape; with escaped quotes out of
-        # the way too, a string ends at the next quote.
-        bare = bare.replace(b"\\\\", b"--")
-        size -= sum(_SAVED[found.lastindex or 0] for found in _SHORTENED.finditer(bare))
-        bare = bare.replace(b'\\"', b"")
-    if spaced:
-        bare = _STRINGS.sub(b"", bare)
-        size -= len(bare) - len(bare.translate(None, b" \t\r\n"))
-    return size
+        value = value.replace(b"\\\\", _BACKSLASH)
+        value = _LENGTHENED.sub(_shortened, value)
+        value = value.replace(b'\\"', _QUOTE)
+    if b" " in value or b"\n" in value or b"\t" in value or b"\r" in value:
+        parts = value.split(b'"')
+        parts[::2] = b'"'.join(parts[::2]).translate(None, b" \t\r\n").split(b'"')
+        value = b'"'.join(parts)
+    if escaped:
+        value = value.replace(_QUOTE, b'\\"').replace(_BACKSLASH, b"\\\\")
+    return value
+
+
+def _shortened(escape: re.Match[bytes]) -> bytes:
+    high, low, code = escape.groups()
+    if high is not None:
+        return chr(0x10000 + ((int(high, 16) & 0x3FF) << 10) + (int(low, 16) & 0x3FF)).encode()
+    if code is None:
+        return b"/"
+    character = int(code, 16)
+    if 0xD800 <= character <= 0xDFFF:
+        return _REPLACEMENT
+    return _DEMANDED.get(character) or chr(character).encode()

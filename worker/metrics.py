@@ -89,6 +89,7 @@ class _Counted:
             ("oldest_pending_seconds", "Age of the oldest pending event; 0 where none is pending"),
             ("users", "Live users"),
             ("tombstones", "Deleted users"),
+            ("users_over_budget", "Live users whose custom claims weigh more than the session token's budget"),
         ):
             gauge = GaugeMetricFamily(f"clerk_sync_{name}", help_text)
             gauge.add_metric([], self._counts[name])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from worker.claims import Weights
-from worker.events import UserChanged
+from worker.template import ASSUMED_TEMPLATE, Template
 
 
 class Copy(StrEnum):
@@ -19,12 +20,33 @@ class Copy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What to copy of each kind; `budget` is what the session token can carry, in bytes of custom claims."""
+    """What to copy of each kind, and the session token's claims that decide what is oversize.
+
+    `budget` is what the token can carry, in bytes of custom claims; `assumed` overrides the bytes of shortcodes that
+    can't be known from a user, by their text.
+    """
 
     private: Copy = Copy.ALWAYS
     public: Copy = Copy.OVERSIZE
     unsafe: Copy = Copy.OVERSIZE
     budget: int = 1200
+    template: Template = ASSUMED_TEMPLATE
+    assumed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> int:
+        """63 bits that differ between policies that weigh or decide differently."""
+        said = repr(
+            (
+                self.private.value,
+                self.public.value,
+                self.unsafe.value,
+                self.budget,
+                self.template.source,
+                sorted(self.assumed.items()),
+            )
+        )
+        return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest()) >> 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +58,20 @@ class Decision:
     unsafe: bool
 
 
-def decide(policy: Policy, user: UserChanged, weights: Weights) -> Decision:
-    """Decide for one user.
+def decide(policy: Policy, claims_bytes: int | None) -> Decision:
+    """Decide for a user whose claims weigh this much; None where an event lacked a part of what they are made of.
 
-    The session token never carries private metadata, so for that kind `oversize` means `always`. Where an event
-    lacks a kind, its weight can't be known from the event: what it does carry is then copied, which costs a few
-    bytes, rather than left to a token that may not hold it.
+    Oversize is what the token can't carry: the claims are over the budget, or the template hasn't all of that kind.
+    The token never carries private metadata, so for that kind `oversize` means `always`. Where the weight isn't
+    known, what there is is copied: a few bytes too many, rather than left to a token that may not hold it.
     """
-    token_holds_all = (
-        user.public_metadata is not None and user.unsafe_metadata is not None and weights.claims_bytes <= policy.budget
+    over = claims_bytes is None or claims_bytes > policy.budget
+
+    def copied(copy: Copy, carried: bool) -> bool:
+        return copy is Copy.ALWAYS or (copy is Copy.OVERSIZE and (over or not carried))
+
+    return Decision(
+        private=policy.private is not Copy.NEVER,
+        public=copied(policy.public, policy.template.carries_public),
+        unsafe=copied(policy.unsafe, policy.template.carries_unsafe),
     )
-
-    def copied(copy: Copy) -> bool:
-        return copy is Copy.ALWAYS or (copy is Copy.OVERSIZE and not token_holds_all)
-
-    return Decision(policy.private is not Copy.NEVER, copied(policy.public), copied(policy.unsafe))

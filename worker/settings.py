@@ -5,15 +5,18 @@ Each secret can also be given as `NAME_FILE`, a path to a file that holds it. Va
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
-from worker.errors import ConfigError
+from worker.errors import ConfigError, TemplateError
 from worker.policy import Copy, Policy
+from worker.shortcodes import assumed_bytes
 from worker.signing import signing_secret_problem
+from worker.template import ASSUMED_TEMPLATE, Template, parse_template
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -57,6 +60,8 @@ class Settings:
                 public=reader.read("COPY_PUBLIC", _one_of(Copy), Copy.OVERSIZE),
                 unsafe=reader.read("COPY_UNSAFE", _one_of(Copy), Copy.OVERSIZE),
                 budget=reader.read("SESSION_CLAIMS_BUDGET", _integer(0, 1_000_000), 1200),
+                template=reader.read("SESSION_CLAIMS", _template, ASSUMED_TEMPLATE),
+                assumed=reader.read("SESSION_CLAIMS_ASSUMED_BYTES", _assumed_bytes, {}),
             ),
             port=reader.read("PORT", _integer(1, 65535), 8000),
             log_format=reader.read("LOG_FORMAT", _choice(LOG_FORMATS), "logfmt"),
@@ -101,6 +106,10 @@ class _Reader:
             return default
         try:
             return parse(text)
+        except TemplateError as error:
+            for problem in error.problems[:-1]:
+                self._bad_value(name, f"{name}: {problem}", default)
+            return self._bad_value(name, f"{name}: {error.problems[-1]}", default)
         except ValueError as error:
             return self._bad_value(name, f"{name}: {error}", default)
 
@@ -134,6 +143,31 @@ def _broker_url(text: str) -> str:
     if "://" not in text:
         raise ValueError("must be a URL such as redis://host:6379/0")
     return text
+
+
+def _template(text: str) -> Template:
+    """A claims template, or with `@path` the one in that file."""
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the file {text[1:]} can't be read ({type(error).__name__})") from None
+    return parse_template(text)
+
+
+def _assumed_bytes(text: str) -> dict[str, int]:
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError('must be a JSON object of shortcodes and bytes, such as {"org.name": 60}')  # noqa: TRY004
+    for name, size in given.items():
+        if assumed_bytes(tuple(name.split(".")), {}) is None:
+            raise ValueError(f"{name[:60]!a} is no shortcode that is weighed by assumption, such as org.name")
+        if not isinstance(size, int) or isinstance(size, bool) or not 2 <= size <= 1_000_000:
+            raise ValueError(f"{name} must be a whole number of bytes from 2 to 1000000")
+    return given
 
 
 def _integer(lowest: int, highest: int) -> Callable[[str], int]:

@@ -6,6 +6,7 @@ A worker that is killed anywhere leaves its batch pending and the users as they 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -15,14 +16,17 @@ from typing import Final
 
 import psycopg
 
-from worker import claims, inbox, users
+from worker import inbox, users
 from worker.db import Connection, deadline, describe
 from worker.events import Event, Ignored, Unusable, UserChanged, UserDeleted, parse_event
-from worker.policy import Policy, decide
+from worker.policy import Policy
 
 log = logging.getLogger(__name__)
 
 BATCH: Final = 500
+
+_PLAIN: Final = re.compile(r"[\w.-]{1,80}(?: \([a-z ]+\))?", re.ASCII)
+"""Field names that a log may carry: a user chooses those of unsafe metadata, and an address can be one."""
 
 BATCH_SECONDS: Final = 60.0
 """A batch that takes longer has lost its Postgres: its connection is cut and made anew."""
@@ -41,6 +45,7 @@ class Batch:
     dead: dict[str, str] = field(default_factory=dict)
     freshness: list[float] = field(default_factory=list)
     replaced: int = 0
+    crossings: list[users.Crossing] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -55,8 +60,22 @@ def drain(
     total = 0
     while (done := drain_batch(connection, policy, batch)).claimed:
         total += done.claimed
+        _warn(done.crossings, policy.budget)
         observe(done)
     return total
+
+
+def _warn(crossings: Sequence[users.Crossing], budget: int) -> None:
+    for crossing in crossings:
+        log.warning(
+            "a user's claims went over the session token's budget",
+            extra={
+                "user_id": crossing.user_id,
+                "claims_bytes": crossing.claims_bytes,
+                "budget": budget,
+                "heaviest": " ".join(name if _PLAIN.fullmatch(name) else "(odd name)" for name in crossing.heaviest),
+            },
+        )
 
 
 def drain_batch(connection: Connection, policy: Policy, batch: int = BATCH) -> Batch:
@@ -99,7 +118,8 @@ def _apply(connection: Connection, policy: Policy, events: Events, result: Batch
     """Pass all users through the gate at once; where one of them can't be, each by itself, and that one set aside."""
     try:
         with connection.transaction():
-            result.outcomes += _pass(connection, policy, events)
+            passed = _pass(connection, policy, events)
+        _count(result, passed)
         return [svix_id for group in events.values() for svix_id, _ in group]
     except ROWS_FAULT as error:
         log.warning("a batch holds an event that can't be applied", extra={"error": describe(error)})
@@ -108,17 +128,25 @@ def _apply(connection: Connection, policy: Policy, events: Events, result: Batch
         for svix_id, event in events[user_id]:
             try:
                 with connection.transaction():
-                    result.outcomes += _pass(connection, policy, {user_id: [(svix_id, event)]})
+                    passed = _pass(connection, policy, {user_id: [(svix_id, event)]})
+                _count(result, passed)
                 applied.append(svix_id)
             except ROWS_FAULT as error:
                 result.dead[svix_id] = f"Postgres refuses it: {describe(error)}"
     return applied
 
 
-def _pass(connection: Connection, policy: Policy, events: Events) -> Counter[str]:
+def _count(result: Batch, passed: tuple[Counter[str], list[users.Crossing]]) -> None:
+    outcomes, crossings = passed
+    result.outcomes += outcomes
+    result.crossings += crossings
+
+
+def _pass(connection: Connection, policy: Policy, events: Events) -> tuple[Counter[str], list[users.Crossing]]:
     """Pass users and deletions through the gate in one order, that of the ids' bytes, in which the gate takes them
     too: so no two workers wait for one another."""
     outcomes: Counter[str] = Counter()
+    crossings: list[users.Crossing] = []
     kept: list[UserChanged | UserDeleted] = []
     for user_id in sorted(events):
         group = newest([event for _, event in events[user_id]])
@@ -129,14 +157,11 @@ def _pass(connection: Connection, policy: Policy, events: Events) -> Counter[str
             deletions = [event for event in run if isinstance(event, UserDeleted)]
             outcomes.update(users.gate_deletions(connection, deletions))
         else:
-            changes = (_change(policy, event) for event in run if isinstance(event, UserChanged))
-            outcomes.update(users.gate_users(connection, changes))
-    return outcomes
-
-
-def _change(policy: Policy, user: UserChanged) -> users.Change:
-    weights = claims.weigh(user)
-    return users.Change(user, weights, decide(policy, user, weights))
+            changed = [event for event in run if isinstance(event, UserChanged)]
+            gated = users.gate_users(connection, policy, changed)
+            outcomes.update(gated.outcomes)
+            crossings += gated.crossings
+    return outcomes, crossings
 
 
 def newest(events: Sequence[UserChanged | UserDeleted]) -> list[UserChanged | UserDeleted]:

@@ -1,72 +1,137 @@
-"""The users, `clerk.users` and what is copied of them: every write goes through the gate in the database,
-`clerk.gate_users` and `clerk.gate_deletions`."""
+"""The users, `clerk.users` and what is copied of them: every event goes through the gate in the database,
+`clerk.gate_users` and `clerk.gate_deletions`; `reweigh` decides again, under the same locks, without an event."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-from worker.claims import Weights
+import msgspec
+from psycopg.rows import namedtuple_row
+
+from worker.claims import Fields, Weighed, Weights, render, weigh_user
 from worker.db import Connection
 from worker.events import UserChanged, UserDeleted
-from worker.policy import Decision
+from worker.measure import FRAME, Range, contributions, measure, measure_kept
+from worker.policy import Decision, Policy, decide
+
+BLAMED: Final = 3
+REWEIGH_BATCH: Final = 1000
+STREAM_BATCH: Final = 2000
+
+_fields = msgspec.json.Decoder(dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """A user as Clerk had it, with what it weighs and what of it is copied."""
+class Crossing:
+    """A user whose claims went over the budget, with the names of what weighs most in them, heaviest first."""
 
+    user_id: str
+    claims_bytes: int
+    heaviest: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Gated:
+    """What the gate did: applied, unchanged, older or deleted for each change, and who crossed the budget."""
+
+    outcomes: list[str] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
     user: UserChanged
     weights: Weights
+    claims_bytes: int
     decision: Decision
 
 
 GATE_USERS = """
-select outcome from clerk.gate_users(
+select user_id, outcome, crossed, unweighed from clerk.gate_users(
   %(user_id)b::text[], %(version)b::bigint[], %(event_at)b::bigint[],
   %(private)b::text[]::jsonb[], %(public)b::text[]::jsonb[], %(unsafe)b::text[]::jsonb[],
   %(copy_private)b::bool[], %(copy_public)b::bool[], %(copy_unsafe)b::bool[],
-  %(public_bytes)b::int[], %(unsafe_bytes)b::int[], %(claims_bytes)b::int[]
+  %(profile_bytes)b::text[], %(public_bytes)b::int[], %(unsafe_bytes)b::int[],
+  %(public_fields)b::text[]::jsonb[], %(unsafe_fields)b::text[]::jsonb[],
+  %(claims_bytes)b::int[], %(budget)s::int, %(weighed_by)s::bigint
 )
 """
 
 
-def gate_users(connection: Connection, changes: Iterable[Change]) -> list[str]:
-    """Pass users through the gate; the outcomes are applied, unchanged, older or deleted.
+def gate_users(connection: Connection, policy: Policy, changed: Iterable[UserChanged]) -> Gated:
+    """Weigh and decide for each user, and pass them through the gate.
 
     Several changes of one user pass one after the other, in the order given. Raises psycopg.DataError where a value
     can't be held; then, within a transaction, none of them has passed.
     """
-    outcomes: list[str] = []
-    rest = list(changes)
+    gated = Gated()
+    rest = [_weighed(policy, user) for user in changed]
     while rest:
         # The gate takes a user once: what is left of users with several changes goes in the next round.
         first = {change.user.user_id: change for change in reversed(rest)}
         rest = [change for change in rest if first[change.user.user_id] is not change]
-        batch = list(first.values())
-        rows = connection.execute(
-            GATE_USERS,
-            {
-                "user_id": [change.user.user_id for change in batch],
-                "version": [change.user.version for change in batch],
-                "event_at": [change.user.event_at for change in batch],
-                "private": [_text(change.user.private_metadata) for change in batch],
-                "public": [_text(change.user.public_metadata) for change in batch],
-                "unsafe": [_text(change.user.unsafe_metadata) for change in batch],
-                "copy_private": [change.decision.private for change in batch],
-                "copy_public": [change.decision.public for change in batch],
-                "copy_unsafe": [change.decision.unsafe for change in batch],
-                "public_bytes": [change.weights.public_bytes for change in batch],
-                "unsafe_bytes": [change.weights.unsafe_bytes for change in batch],
-                "claims_bytes": [change.weights.claims_bytes for change in batch],
-            },
-        )
-        outcomes += [outcome for (outcome,) in rows]
-    return outcomes
+        unweighed = []
+        for user_id, outcome, crossed, partial in connection.execute(GATE_USERS, _rows(policy, first.values())):
+            gated.outcomes.append(outcome)
+            if crossed:
+                gated.crossings.append(_crossing(policy, first[user_id].weights, first[user_id].claims_bytes))
+            if partial:
+                unweighed.append(user_id)
+        if unweighed:
+            # What these events brought stays even where the token carries it now: in another order it would have.
+            gated.crossings += reweigh(connection, policy, unweighed, drop=False).crossings
+    return gated
+
+
+def _weighed(policy: Policy, user: UserChanged) -> _Change:
+    weights = weigh_user(user)
+    claims_bytes = len(render(policy.template, user, policy.assumed))
+    known = user.public_metadata is not None and user.unsafe_metadata is not None
+    return _Change(user, weights, claims_bytes, decide(policy, claims_bytes if known else None))
+
+
+def _rows(policy: Policy, changes: Iterable[_Change]) -> dict[str, Any]:
+    batch = list(changes)
+    users = [change.user for change in batch]
+    return {
+        "user_id": [user.user_id for user in users],
+        "version": [user.version for user in users],
+        "event_at": [user.event_at for user in users],
+        "private": [_text(user.private_metadata) for user in users],
+        "public": [_text(user.public_metadata) for user in users],
+        "unsafe": [_text(user.unsafe_metadata) for user in users],
+        "copy_private": [change.decision.private for change in batch],
+        "copy_public": [change.decision.public for change in batch],
+        "copy_unsafe": [change.decision.unsafe for change in batch],
+        "profile_bytes": [_array(change.weights.profile) for change in batch],
+        "public_bytes": [change.weights.public.total for change in batch],
+        "unsafe_bytes": [change.weights.unsafe.total for change in batch],
+        "public_fields": [_sizes(change.weights.public) for change in batch],
+        "unsafe_fields": [_sizes(change.weights.unsafe) for change in batch],
+        "claims_bytes": [change.claims_bytes for change in batch],
+        "budget": policy.budget,
+        "weighed_by": policy.fingerprint,
+    }
 
 
 def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode()
+
+
+def _array(sizes: tuple[int, ...] | None) -> str | None:
+    return None if sizes is None else "{" + ",".join(map(str, sizes)) + "}"
+
+
+def _sizes(kind: Fields) -> str:
+    return msgspec.json.encode(kind.by_name).decode()
+
+
+def _crossing(policy: Policy, weights: Weights, claims_bytes: int) -> Crossing:
+    parts = contributions(policy.template, weights, policy.assumed)
+    names = sorted((name for name in parts if name != FRAME), key=lambda name: (-parts[name], name))
+    return Crossing(weights.user_id, claims_bytes, tuple(names[:BLAMED]))
 
 
 GATE_DELETIONS = """
@@ -86,3 +151,228 @@ def gate_deletions(connection: Connection, deletions: Sequence[UserDeleted]) -> 
         },
     )
     return [outcome for (outcome,) in rows]
+
+
+# --- Deciding again
+
+
+@dataclass(slots=True)
+class Reweighed:
+    """How many users were weighed again; of them how many are over the budget now, of how many a copy was dropped
+    that the token carries, and of how many a kind is to be kept that only Clerk has."""
+
+    users: int = 0
+    over: int = 0
+    dropped: int = 0
+    missing: int = 0
+    crossings: list[Crossing] = field(default_factory=list)
+
+
+# Nobody writes a content without this lock, so what the next statement reads stays.
+LOCK = """
+select from clerk.users
+where user_id = any(%(user_id)s)
+order by user_id collate "C"
+for no key update
+"""
+
+KEPT = """
+select
+  user_id, version, profile_bytes, public_bytes, unsafe_bytes,
+  public_fields::text, unsafe_fields::text,
+  private_metadata is not null as has_private,
+  public_metadata is not null as has_public,
+  unsafe_metadata is not null as has_unsafe
+from clerk.users left join clerk.user_contents using (user_id)
+where user_id = any(%(user_id)s) and deleted_at is null
+"""
+
+REWEIGH = """
+update clerk.users as old set
+  claims_bytes = new.claims_bytes,
+  weighed_by = %(weighed_by)s,
+  over_budget = new.claims_bytes > %(budget)s,
+  crossed = new.claims_bytes > %(budget)s and not old.over_budget,
+  private_copied = new.private, public_copied = new.public, unsafe_copied = new.unsafe,
+  content_missing = new.missing
+from unnest(
+  %(user_id)b::text[], %(claims_bytes)b::int[], %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[],
+  %(missing)b::bool[]
+) as new (user_id, claims_bytes, private, public, unsafe, missing)
+where old.user_id = new.user_id
+returning old.user_id, old.over_budget, old.crossed
+"""
+
+DROP = """
+update clerk.user_contents as old set
+  private_metadata = case when new.private then old.private_metadata end,
+  public_metadata = case when new.public then old.public_metadata end,
+  unsafe_metadata = case when new.unsafe then old.unsafe_metadata end
+from unnest(%(user_id)b::text[], %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[])
+  as new (user_id, private, public, unsafe)
+where old.user_id = new.user_id
+"""
+
+
+def reweigh(connection: Connection, policy: Policy, user_ids: Sequence[str], *, drop: bool = True) -> Reweighed:
+    """Weigh users by what is kept of them and decide anew what is copied, in one transaction.
+
+    Where the sizes only give bounds, JSON that is kept tells; where there is none, the upper bound counts. With
+    `drop`, copies that aren't wanted any more are erased.
+    """
+    with connection.transaction():
+        connection.execute(LOCK, {"user_id": list(user_ids)})
+        with connection.cursor(row_factory=namedtuple_row) as cursor:
+            rows = cursor.execute(KEPT, {"user_id": list(user_ids)}).fetchall()
+        weighed = [(row, *_weigh_again(connection, policy, row)) for row in rows]
+        return _decide_again(connection, policy, weighed, drop=drop)
+
+
+def _weigh_again(connection: Connection, policy: Policy, row: Any) -> tuple[Weights, int]:
+    weights = _weights(row[:7])
+    bounds = measure(policy.template, weights, policy.assumed)
+    if bounds.low != bounds.high and (row.has_public or row.has_unsafe):
+        bounds = exactly(connection, policy, weights)
+    return weights, bounds.high
+
+
+def _decide_again(
+    connection: Connection, policy: Policy, weighed: Sequence[tuple[Any, Weights, int]], *, drop: bool
+) -> Reweighed:
+    result = Reweighed(users=len(weighed))
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("user_id", "claims_bytes", "private", "public", "unsafe", "missing")
+    }
+    dropped = []
+    for row, _, claims_bytes in weighed:
+        wanted = decide(policy, claims_bytes)
+        pairs = (
+            (wanted.private, row.has_private),
+            (wanted.public, row.has_public),
+            (wanted.unsafe, row.has_unsafe),
+        )
+        missing = any(want and not has for want, has in pairs)
+        for name, value in zip(
+            columns,
+            (row.user_id, claims_bytes, *(has and (want or not drop) for want, has in pairs), missing),
+            strict=True,
+        ):
+            columns[name].append(value)
+        dropped.append(drop and any(has and not want for want, has in pairs))
+        result.missing += missing
+    result.dropped = sum(dropped)
+    weights = {row.user_id: (kept, claims_bytes) for row, kept, claims_bytes in weighed}
+    updated = connection.execute(
+        REWEIGH, {**columns, "budget": policy.budget, "weighed_by": policy.fingerprint}
+    ).fetchall()
+    for user_id, over, crossed in updated:
+        result.over += over
+        if crossed:
+            result.crossings.append(_crossing(policy, *weights[user_id]))
+    if result.dropped:
+        some = {
+            name: [value for value, drop in zip(columns[name], dropped, strict=True) if drop]
+            for name in ("user_id", "private", "public", "unsafe")
+        }
+        connection.execute(DROP, some)
+    return result
+
+
+STALE = """
+select user_id from clerk.users
+where deleted_at is null and weighed_by is distinct from %(fingerprint)s and user_id > %(after)s
+order by user_id
+limit %(most)s
+"""
+
+
+def reweigh_all(
+    connection: Connection, policy: Policy, observe: Callable[[Reweighed], None] = lambda _: None
+) -> Reweighed:
+    """Weigh again every user that another policy weighed, a thousand to a transaction; a run that was cut short
+    leaves the rest to the next one. `observe` is called with each batch. Raises psycopg.Error."""
+    total = Reweighed()
+    after = ""
+    while True:
+        stale = {"fingerprint": policy.fingerprint, "after": after, "most": REWEIGH_BATCH}
+        user_ids = [user_id for (user_id,) in connection.execute(STALE, stale)]
+        if not user_ids:
+            return total
+        batch = reweigh(connection, policy, user_ids)
+        total.users += batch.users
+        total.over += batch.over
+        total.dropped += batch.dropped
+        total.missing += batch.missing
+        observe(batch)
+        after = user_ids[-1]
+
+
+COUNT = """
+select
+  count(*),
+  count(*) filter (where weighed_by is distinct from %(fingerprint)s)
+from clerk.users
+where deleted_at is null
+"""
+
+
+def count(connection: Connection, fingerprint: int) -> tuple[int, int]:
+    """Live users, and how many of them were weighed by another policy than that of this fingerprint."""
+    row = connection.execute(COUNT, {"fingerprint": fingerprint}).fetchone()
+    users, stale = row or (0, 0)
+    return users, stale
+
+
+# --- Reading the weights
+
+POPULATION = """
+select
+  user_id, version, profile_bytes, public_bytes, unsafe_bytes,
+  public_fields::text, unsafe_fields::text,
+  claims_bytes, weighed_by is not distinct from %(fingerprint)s as current,
+  public_copied, unsafe_copied
+from clerk.users
+where deleted_at is null
+"""
+
+
+def population(connection: Connection, fingerprint: int) -> Generator[Weighed, None, None]:
+    """Every live user with their weights, streamed from one snapshot; `current` where the policy of this fingerprint
+    weighed them. To be closed before the connection where it isn't read to its end. Raises psycopg.Error."""
+    with connection.transaction(), connection.cursor("population") as cursor:
+        cursor.execute(POPULATION, {"fingerprint": fingerprint})
+        while rows := cursor.fetchmany(STREAM_BATCH):
+            for *sizes, claims_bytes, current, public_copied, unsafe_copied in rows:
+                yield Weighed(_weights(sizes), claims_bytes, current, public_copied, unsafe_copied)
+
+
+def _weights(row: Sequence[Any]) -> Weights:
+    user_id, version, profile_bytes, public_bytes, unsafe_bytes, public_fields, unsafe_fields = row
+    return Weights(
+        user_id,
+        version,
+        None if profile_bytes is None else tuple(profile_bytes),
+        _fields_of(public_bytes, public_fields),
+        _fields_of(unsafe_bytes, unsafe_fields),
+    )
+
+
+def _fields_of(total: int, sizes: str | None) -> Fields:
+    return Fields(total, {}, named=False) if sizes is None else Fields(total, _fields.decode(sizes))
+
+
+CONTENTS = """
+select public_metadata::text, unsafe_metadata::text from clerk.user_contents where user_id = %(user_id)s
+"""
+
+
+def exactly(connection: Connection, policy: Policy, weights: Weights) -> Range:
+    """What a user's claims weigh by their sizes and whatever JSON is kept of them."""
+    public, unsafe = connection.execute(CONTENTS, {"user_id": weights.user_id}).fetchone() or (None, None)
+    return measure_kept(
+        policy.template,
+        weights,
+        policy.assumed,
+        public=None if public is None else public.encode(),
+        unsafe=None if unsafe is None else unsafe.encode(),
+    )

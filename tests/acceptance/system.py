@@ -271,12 +271,12 @@ class System:
         return psycopg.connect(self.database_url, autocommit=True, connect_timeout=5)
 
     def command(
-        self, *arguments: str, text: str | None = None, info: Path | None = None
+        self, *arguments: str, text: str | None = None, info: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run `clerk-sync` beside it, as an operator does."""
+        """Run `clerk-sync` beside it, as an operator does: in the same environment, or with something set otherwise."""
         return subprocess.run(
             (str(PROGRAMS / "clerk-sync"), *arguments, "--info", str(info or self.info_path)),
-            env=ENVIRONMENT,
+            env=self._environment | environment,
             input=text,
             capture_output=True,
             text=True,

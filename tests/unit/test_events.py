@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.events import ABSENT, changed, deleted, envelope
-from worker.events import LATEST_MS, Ignored, Unusable, UserChanged, UserDeleted, parse_event
+from worker.events import LATEST_MS, NO_PROFILE, PROFILE, Ignored, Unusable, UserChanged, UserDeleted, parse_event
 
 
 def user(body: bytes) -> UserChanged:
@@ -143,6 +143,134 @@ def test_deep_nesting_in_one_kind_does_not_block_the_others() -> None:
     assert event.replaced == 1
 
 
+# --- The profile: what a token can carry besides metadata.
+
+
+def profile(**data: Any) -> dict[str, Any]:
+    """What is read of a user with these keys besides id and version, as Python's objects by name."""
+    event = user(envelope("user.updated", {"id": "user_1", "updated_at": 5, **data}, 5))
+    return dict(zip(PROFILE, map(json.loads, event.profile), strict=True))
+
+
+NOTHING: dict[str, Any] = {**dict.fromkeys(PROFILE), "email_verified": False, "phone_number_verified": False}
+
+
+def test_the_profile_is_read_from_a_recorded_event(data: Path) -> None:
+    event = user((data / "capture_2025-04__user.created.json").read_bytes())
+    assert dict(zip(PROFILE, event.profile, strict=True)) == {
+        "first_name": b"null",
+        "last_name": b"null",
+        "username": b"null",
+        "external_id": b"null",
+        "created_at": b"1744276393608",
+        "primary_email_address": b'"person1@example.com"',
+        "primary_phone_number": b"null",
+        "email_verified": b"true",
+        "phone_number_verified": b"false",
+        "image_url": b'"https://img.clerk.com/REDACTED"',
+        "two_factor_enabled": b"false",
+    }
+    assert hash(event) == hash(user((data / "capture_2025-04__user.created.json").read_bytes()))
+
+
+def test_a_user_without_a_profile_has_nulls() -> None:
+    assert profile() == NOTHING
+    assert UserChanged("user_1", 1, 1, None, None, None).profile == NO_PROFILE == (b"null",) * len(PROFILE)
+
+
+def test_texts_of_the_profile_are_compact() -> None:
+    body = changed().replace(b'"Ada"', rb'"\u0041d\/ \ud83d\ude00\u000a"')
+    assert user(body).profile[0] == '"Ad/ \U0001f600\\n"'.encode()
+
+
+def address(contact_id: Any, value: Any, status: Any = "verified") -> dict[str, Any]:
+    return {"id": contact_id, "email_address": value, "phone_number": value, "verification": {"status": status}}
+
+
+def test_the_primary_contacts_are_found_by_their_id() -> None:
+    found = profile(
+        primary_email_address_id="idn_2",
+        email_addresses=[address("idn_1", "a@x.org", "unverified"), address("idn_2", "b@x.org")],
+        primary_phone_number_id="idn_4",
+        phone_numbers=[address("idn_3", "+1"), address("idn_4", "+2", "unverified"), address("idn_5", "+3")],
+    )
+    assert (found["primary_email_address"], found["email_verified"]) == ("b@x.org", True)
+    assert (found["primary_phone_number"], found["phone_number_verified"]) == ("+2", False)
+
+
+def test_an_id_is_the_same_however_it_is_spelled() -> None:
+    body = envelope(
+        "user.updated",
+        {"id": "u", "primary_email_address_id": "é/1", "email_addresses": [address("é/1", "a@x.org")]},
+        5,
+    )
+    for spelled in (body.replace("é/1".encode(), rb"\u00e9\/1", 1), json.dumps(json.loads(body)).encode()):
+        assert user(spelled).profile[PROFILE.index("primary_email_address")] == b'"a@x.org"'
+
+
+def test_without_a_primary_contact_there_is_none_though_there_are_others() -> None:
+    others = [address("idn_1", "a@x.org"), address(None, "b@x.org"), {"email_address": "c@x.org"}]
+    for primary in (None, "idn_2", 5, ["idn_1"], ""):
+        assert profile(primary_email_address_id=primary, email_addresses=others) == NOTHING
+
+
+WRONG: list[Any] = [None, 5, -1.5, "x", True, [], {}, [[]], [{}], {"a": []}, [None, 5, "x", [{}]]]
+
+
+@pytest.mark.parametrize("wrong", [value for value in WRONG if not isinstance(value, str)], ids=repr)
+@pytest.mark.parametrize("name", ["first_name", "last_name", "username", "external_id", "image_url"])
+def test_what_should_be_a_text_and_is_none_is_null(name: str, wrong: Any) -> None:
+    assert profile(**{name: wrong})[name] is None
+
+
+@pytest.mark.parametrize("wrong", [value for value in WRONG if value != 5 and value is not True], ids=repr)
+def test_a_number_or_a_truth_of_a_wrong_type_is_null(wrong: Any) -> None:
+    assert profile(created_at=wrong, two_factor_enabled=wrong) == NOTHING
+    assert profile(created_at=True, two_factor_enabled=1) == NOTHING
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_contacts_of_wrong_types_are_none(wrong: Any) -> None:
+    assert profile(primary_email_address_id="x", email_addresses=wrong, phone_numbers=wrong) == NOTHING
+    right = [wrong, address("x", "a@x.org")]
+    assert profile(primary_email_address_id="x", email_addresses=right)["primary_email_address"] == "a@x.org"
+    unverified = {**address("x", "a@x.org"), "verification": wrong}
+    assert profile(primary_email_address_id="x", email_addresses=[unverified])["email_verified"] is False
+    unverified["verification"] = {"status": wrong}
+    assert profile(primary_email_address_id="x", email_addresses=[unverified])["email_verified"] is False
+
+
+@pytest.mark.parametrize("number", ["1" * 5000, "1e99999", "-0", "0.1", "1e5"])
+def test_no_number_in_a_profile_makes_an_event_unusable(number: str) -> None:
+    for name in ("first_name", "created_at", "email_addresses", "primary_email_address_id"):
+        body = changed().replace(b'"first_name": "Ada"', f'"{name}": {number}'.encode())
+        assert user(body).profile[PROFILE.index("created_at")] in (b"null", number.encode())
+
+
+@pytest.mark.parametrize(
+    "contacts",
+    [
+        "[" + "{}," * 300_000 + "{}]",
+        "[" + '{"id":"y"},' * 90_000 + "{}]",
+        "[" + '{"a":"x"},' * 90_000 + "{}]",
+        "[" + r'{"id":"\u0079"},' * 60_000 + "{}]",
+        "[" + "0," * 500_000 + "0]",
+        '[{"id":"x","verification":' + '{"status":' * 50_000 + "1" + "}" * 50_000 + "}]",
+        "[" * 500_000 + "]" * 500_000,
+    ],
+    ids=lambda text: text[:12],
+)
+@pytest.mark.timeout(20)  # a second or two; what is quadratic takes an hour
+def test_a_mebibyte_of_contacts_is_no_trouble(contacts: str) -> None:
+    body = changed().replace(
+        b'"first_name": "Ada"', b'"primary_email_address_id":"x","email_addresses":' + contacts.encode()
+    )
+    assert user(body).profile[PROFILE.index("email_verified")] == b"false"
+
+
+# --- Anything.
+
+
 def test_every_recorded_body_means_what_its_name_says(data: Path) -> None:
     meanings = {path.name: parse_event(path.read_bytes()) for path in sorted(data.glob("*.json"))}
     for name, meaning in meanings.items():
@@ -160,17 +288,42 @@ def test_every_recorded_body_means_what_its_name_says(data: Path) -> None:
     assert len(meanings) >= 10
 
 
-@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-@settings(deadline=None)
-def test_no_bytes_raise(body: bytes) -> None:
-    parse_event(body)
-
-
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=10,
 )
+contacts = st.fixed_dictionaries(
+    {}, optional={"id": st.just("x") | anything, "email_address": anything, "verification": anything}
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(("first_name", "last_name", "username", "external_id", "image_url"), anything),
+            **dict.fromkeys(("created_at", "two_factor_enabled"), anything),
+            **dict.fromkeys(("primary_email_address_id", "primary_phone_number_id"), st.just("x") | anything),
+            **dict.fromkeys(("email_addresses", "phone_numbers"), anything | st.lists(anything | contacts)),
+        },
+    )
+)
+@settings(deadline=None, max_examples=200)
+def test_no_profile_makes_an_event_unusable(data: dict[str, Any]) -> None:
+    # What json.dumps writes for infinity and not-a-number isn't JSON.
+    data = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    found = profile(**data)
+    for name in ("email_verified", "phone_number_verified"):
+        assert isinstance(found[name], bool)
+    for name in ("first_name", "primary_email_address", "primary_phone_number"):
+        assert found[name] is None or isinstance(found[name], str)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+@settings(deadline=None)
+def test_no_bytes_raise(body: bytes) -> None:
+    parse_event(body)
 
 
 @given(

@@ -84,3 +84,45 @@ def test_a_file_that_cannot_be_read_is_one_problem_not_two(tmp_path: Path) -> No
 def test_a_variable_and_its_file_together_are_refused(tmp_path: Path) -> None:
     (found,) = problems(COMPLETE | {"REDIS_URL_FILE": str(tmp_path / "x")})
     assert "both set" in found
+
+
+TEMPLATE = '{"role": "{{user.public_metadata.role}}", "org": "{{org.name}}"}'
+
+
+def test_the_claims_template_is_given_as_json_or_as_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "claims.json"
+    path.write_text(f"\n{TEMPLATE}\n")
+    for given in (TEMPLATE, f"@{path}"):
+        template = Settings.from_env(COMPLETE | {"SESSION_CLAIMS": given}).policy.template
+        assert template.shortcodes == (("user", "public_metadata", "role"), ("org", "name"))
+    (found,) = problems(COMPLETE | {"SESSION_CLAIMS": f"@{tmp_path}/nowhere"})
+    assert found.startswith("SESSION_CLAIMS: the file")
+
+
+def test_every_error_of_a_template_is_named_with_its_position() -> None:
+    template = '{"role": "{{user.pubic_metadata.role}}",\n "plan": "{{user.private_metadata.plan}}", "sub": 1}'
+    found = problems(COMPLETE | {"SESSION_CLAIMS": template})
+    assert [problem.split(": ")[:2] for problem in found] == [
+        ["SESSION_CLAIMS", "line 1, column 11"],
+        ["SESSION_CLAIMS", "line 2, column 11"],
+        ["SESSION_CLAIMS", "line 2, column 44"],
+    ]
+
+
+def test_a_template_that_has_no_upper_bound_is_taken() -> None:
+    template = Settings.from_env(COMPLETE | {"SESSION_CLAIMS": '{"m": "{{user.public_metadata}}"}'}).policy.template
+    assert template.carries_public
+    assert template.warnings
+
+
+def test_what_no_user_tells_is_weighed_by_an_assumption_that_can_be_set() -> None:
+    given = COMPLETE | {"SESSION_CLAIMS_ASSUMED_BYTES": '{"org.name": 60, "org.public_metadata.tier": 9}'}
+    assert Settings.from_env(given).policy.assumed == {"org.name": 60, "org.public_metadata.tier": 9}
+
+
+@pytest.mark.parametrize(
+    "given", ["60", "[]", "{", '{"org.nme": 1}', '{"user.first_name": 9}', '{"org.name": 1}', '{"org.name": "60"}']
+)
+def test_an_assumption_that_makes_no_sense_is_refused(given: str) -> None:
+    (found,) = problems(COMPLETE | {"SESSION_CLAIMS_ASSUMED_BYTES": given})
+    assert found.startswith("SESSION_CLAIMS_ASSUMED_BYTES: ")

@@ -20,6 +20,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "migrate": ("worker.cli.migrate", "Bring the database to the newest schema."),
     "send": ("worker.cli.send", "Sign an event as Svix does and post it."),
     "status": ("worker.cli.status", "Show whether everything works and the data is fresh."),
+    "budget": ("worker.cli.budget", "See what the session token carries; find a template that fits."),
     "events": ("worker.cli.events", "Look at the inbox; retry what was set aside."),
 }
 

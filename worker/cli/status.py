@@ -79,7 +79,7 @@ def _print(checks: list[Check], counts: dict[str, Any] | None) -> None:
     if counts is None:
         return
     numbers = Table(box=None, pad_edge=False)
-    for name in ("pending", "oldest pending", "dead", "done", "users", "tombstones"):
+    for name in ("pending", "oldest pending", "dead", "done", "users", "over budget", "tombstones"):
         numbers.add_column(name, justify="right")
     numbers.add_row(
         str(counts["pending"]),
@@ -87,6 +87,7 @@ def _print(checks: list[Check], counts: dict[str, Any] | None) -> None:
         f"[red]{counts['dead']}[/]" if counts["dead"] else "0",
         str(counts["done"]),
         str(counts["users"]),
+        f"[yellow]{counts['users_over_budget']}[/]" if counts["users_over_budget"] else "0",
         str(counts["tombstones"]),
     )
     console.print()

@@ -1,0 +1,138 @@
+"""How numbers, hostile names, histograms and the heaviest users look in the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from worker.budget import Bar, Claims
+
+NAME_CELLS: Final = 40
+"""Names are cut here in tables; never in JSON or on the page."""
+
+WIDEST: Final = 100
+"""Wider terminals get no wider pictures: the eye loses the row."""
+
+# Printable by Unicode's book, and yet nothing is seen: fillers, joiners, vowels without a sign, variation selectors.
+_UNSEEN: Final = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | {
+    chr(code) for low, high in ((0xFE00, 0xFE0F), (0xE0100, 0xE01EF)) for code in range(low, high + 1)
+}
+
+
+def visible(text: str) -> str:
+    r"""The text with every character that controls, reorders or hides escaped as in JSON, like `\u202e`.
+
+    Field names of unsafe metadata are chosen by users' browsers. JSON text stays the same JSON.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if char.isprintable() and char not in _UNSEEN else json.dumps(char)[1:-1] for char in text)
+
+
+def cut(text: str, cells: int = NAME_CELLS) -> str:
+    """The visible text, cut to so many cells of the terminal."""
+    shown = visible(text)
+    return shown if cell_len(shown) <= cells else set_cell_size(shown, cells - 1).rstrip() + "…"
+
+
+def percent(part: float, whole: float = 1.0) -> str:
+    """A share as people read it; neither none nor all where it isn't."""
+    share = 100 * part / whole if whole else 0.0
+    if 0 < share < 0.1:
+        return "<0.1 %"
+    if 99.9 < share < 100:
+        return ">99.9 %"
+    return f"{share:.1f} %" if share else "0 %"
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 user`, `2,000 users`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def label(bar: Bar) -> str:
+    """The range of a bar, in bytes."""
+    if bar.high is None:
+        return f"{bar.low:,} or more"
+    return f"{bar.low:,} to {bar.high:,}" if bar.high > bar.low else f"{bar.low:,}"
+
+
+def console() -> Console:
+    """The terminal: nothing printed is markup, and no character makes it fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def ascii_only(out: Console) -> bool:
+    """Whether block characters and lines can't be shown."""
+    return out.options.ascii_only
+
+
+def histogram(bars: Iterable[Bar], budget: int, width: int, *, plain: bool = False) -> Iterator[Text]:
+    """The lines of a histogram with the budget marked; no wider than `width`, from 60 on."""
+    rows = [(label(bar), bar) for bar in bars]
+    users = sum(bar.users for _, bar in rows)
+    largest = max((bar.users for _, bar in rows), default=0) or 1
+    label_width = max((len(text) for text, _ in rows), default=0)
+    count_width = len(f"{largest:,}")
+    # Two spaces before the blocks and the count, and nine for the percentage.
+    room = max(8, width - label_width - count_width - 13)
+    marked = False
+    for text, bar in rows:
+        above = bar.low > budget
+        if above and not marked:
+            marked = True
+            yield _rule(budget, label_width + count_width + room + 13, plain=plain)
+        drawn = blocks(bar.users / largest, room, plain=plain)
+        yield Text.assemble(
+            (text.rjust(label_width), "" if bar.users else "dim"),
+            "  ",
+            (drawn.ljust(room), "red" if above else "cyan"),
+            "  ",
+            (f"{bar.users:,}".rjust(count_width), "" if bar.users else "dim"),
+            (percent(bar.users, users).rjust(9), "dim"),
+        )
+    if not marked:
+        yield _rule(budget, label_width + count_width + room + 13, plain=plain)
+
+
+def _rule(budget: int, width: int, *, plain: bool) -> Text:
+    dash = "-" if plain else "─"
+    return Text(f"{dash * 2} {budget:,} budget ".ljust(width, dash), "bold yellow")
+
+
+def blocks(share: float, width: int, *, plain: bool = False) -> str:
+    """A bar of block characters; whatever is more than nothing shows."""
+    eighths = round(min(share, 1.0) * width * 8)
+    if share > 0:
+        eighths = max(eighths, 1)
+    if plain:
+        return "#" * -(-eighths // 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def worst(users: Iterable[Claims], budget: int, width: int, *, plain: bool = False) -> Table:
+    """The heaviest users with the field to blame; no wider than `width`, from 72 on."""
+    bound = "<=" if plain else "≤"
+    rows = [
+        (cut(user.user_id), f"{'' if user.exact else bound} {user.bytes:,}".strip(), user.bytes > budget, user.blame)
+        for user in users
+    ]
+    taken = max(cell_len(row[0]) for row in rows) + max(5, *(len(row[1]) for row in rows)) + 4 if rows else 0
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("user", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("mostly", no_wrap=True)
+    for user_id, figure, over, blame in rows:
+        shown = cut(blame or "", min(NAME_CELLS, max(16, width - taken)))
+        table.add_row(Text(user_id), Text(figure, "red" if over else ""), Text(shown))
+    return table
