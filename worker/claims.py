@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -30,8 +29,7 @@ Assumed = Mapping[str, int]
 """Bytes of the values that no user tells, by shortcode (`org.name`), where they aren't the default; at least 2."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fields:
+class Fields(NamedTuple):
     """What one kind of a user's metadata weighs as compact JSON: in all, and the value of each field kept by name.
 
     `named` is False where no names have been kept, as for users from before weights were.
@@ -59,8 +57,7 @@ class Fields:
         return self.unexplained == 0
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
+class Weights(NamedTuple):
     """Sizes of everything of one user that a template can carry, and no values.
 
     `version` is the user's `updated_at`. `profile` is the bytes of each of PROFILE (0 for null), None if not known.
@@ -73,8 +70,7 @@ class Weights:
     unsafe: Fields
 
 
-@dataclass(frozen=True, slots=True)
-class Weighed:
+class Weighed(NamedTuple):
     """One live user with the weights that the database keeps.
 
     `current` says whether `claims_bytes` is by the policy asked about; `has_public` and `has_unsafe`, whether the JSON

@@ -18,7 +18,6 @@ from worker.policy import Decision, Policy, decide
 
 BLAMED: Final = 3
 REWEIGH_BATCH: Final = 1000
-STREAM_BATCH: Final = 2000
 
 _fields = msgspec.json.Decoder(dict[str, int])
 
@@ -325,24 +324,35 @@ def count(connection: Connection, fingerprint: int) -> tuple[int, int]:
 
 # --- Reading the weights
 
+# Copied out, so that Postgres works ahead of us.
 POPULATION = """
-select
-  user_id, version, profile_bytes, public_bytes, unsafe_bytes,
-  public_fields::text, unsafe_fields::text,
-  claims_bytes, weighed_by is not distinct from %(fingerprint)s as current,
-  public_copied, unsafe_copied
-from clerk.users
-where deleted_at is null
+copy (
+  select
+    user_id, version, profile_bytes, public_bytes, unsafe_bytes,
+    public_fields::text, unsafe_fields::text,
+    claims_bytes, weighed_by is not distinct from %(fingerprint)s,
+    public_copied, unsafe_copied
+  from clerk.users
+  where deleted_at is null
+) to stdout
 """
+
+POPULATION_TYPES: Final = (
+    *("text", "int8", "int4[]", "int4", "int4", "text", "text"),
+    *("int4", "bool", "bool", "bool"),
+)
+
+NO_LIMIT = "set local statement_timeout = 0"  # of one statement that lasts as long as its reader takes
 
 
 def population(connection: Connection, fingerprint: int) -> Generator[Weighed, None, None]:
     """Every live user with their weights, streamed from one snapshot; `current` where the policy of this fingerprint
     weighed them. To be closed before the connection where it isn't read to its end. Raises psycopg.Error."""
-    with connection.transaction(), connection.cursor("population") as cursor:
-        cursor.execute(POPULATION, {"fingerprint": fingerprint})
-        while rows := cursor.fetchmany(STREAM_BATCH):
-            for *sizes, claims_bytes, current, public_copied, unsafe_copied in rows:
+    with connection.transaction(), connection.cursor() as cursor:
+        cursor.execute(NO_LIMIT)
+        with cursor.copy(POPULATION, {"fingerprint": fingerprint}) as copy:
+            copy.set_types(POPULATION_TYPES)
+            for *sizes, claims_bytes, current, public_copied, unsafe_copied in copy.rows():
                 yield Weighed(_weights(sizes), claims_bytes, current, public_copied, unsafe_copied)
 
 

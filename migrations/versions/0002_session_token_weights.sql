@@ -130,15 +130,15 @@ begin
               <> (old.private_copied, old.public_copied, old.unsafe_copied) as changes
         from (
           select
-            -- The same content of the same version is the same event, whenever it was sent.
-            case when (excluded.version, excluded.content_hash) = (old.version, old.content_hash)
-              then greatest(excluded_clock, stored) else excluded_clock end as event,
-            stored
-          from (
-            select
-              (excluded.version, excluded.event_at, excluded.content_hash)::clerk.clock as excluded_clock,
-              (old.version, old.event_at, old.content_hash)::clerk.clock as stored
-          ) as sent
+            (
+              excluded.version,
+              -- The same content of the same version is the same event, whenever it was sent.
+              case when excluded.version = old.version and excluded.content_hash = old.content_hash
+                then greatest(excluded.event_at, old.event_at) else excluded.event_at end,
+              excluded.content_hash
+            )::clerk.clock as event,
+            (old.version, old.event_at, old.content_hash)::clerk.clock as stored
+          offset 0 -- reckoned once for each row, not wherever it is used
         ) as clocks
       ) as decision
     )

@@ -229,3 +229,21 @@ def test_deciding_again_waits_for_an_event_and_sees_what_it_brought(connect: Cal
     assert kept(worker, "claims_bytes, public_metadata, weighed_by") == (
         len(render(Policy().template, user(body), {})), None, Policy().fingerprint,
     )  # fmt: skip
+
+
+def test_a_population_that_is_not_read_to_its_end_leaves_the_connection_usable(
+    connect: Callable[[], Connection],
+) -> None:
+    connection = connect()
+    connection.execute(
+        """
+        insert into clerk.users (user_id, version, event_at, content_hash, content_changed, private_copied,
+          public_copied, unsafe_copied, public_bytes, unsafe_bytes, claims_bytes)
+        select 'user_' || n, 1, 1, n, true, true, false, false, 2, 2, 43 from generate_series(1, 20000) as n
+        """
+    )
+    people = users.population(connection, Policy().fingerprint)
+    assert not next(people).current
+    people.close()
+    assert users.count(connection, Policy().fingerprint) == (20_000, 20_000)
+    assert connection.execute("show statement_timeout").fetchone() != ("0",)

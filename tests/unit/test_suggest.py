@@ -81,7 +81,7 @@ def smallest_first(of: Iterable[UserChanged]) -> list[str]:
     return sorted(largest, key=lambda title: (largest[title], title))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     of=USERS,
     bases=BASES,

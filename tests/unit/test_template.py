@@ -28,7 +28,7 @@ from worker.template import (
     parse_template,
 )
 
-MIB = 1024 * 1024
+LARGE = 256 * 1024
 
 
 def shortcode(written: str) -> Shortcode:
@@ -610,37 +610,37 @@ def string(content: str) -> str:
 
 
 HOSTILE = {
-    "open braces": "{" * MIB,
-    "open braces in a string": string("{" * MIB),
-    "closing braces in a string": string("}" * MIB),
-    "empty expressions": string("{{}}" * (MIB // 4)),
-    "braces the wrong way round": string("}}{{" * (MIB // 4)),
-    "escaped braces": string(r"\u007b\u007bx\u007d\u007d" * (MIB // 25)),
-    "backslashes": string("\\" * MIB),
-    "bare backslashes": "\\" * MIB,
-    "quotes": '"' * MIB,
-    "escaped quotes": string('\\"' * (MIB // 2)),
-    "single quotes": string("{{" + "'" * (MIB + 1) + "}}"),
-    "bars": string("{{" + "|" * MIB + "}}"),
-    "dots": string("{{" + "." * MIB + "}}"),
-    "white space": string("{{" + " " * MIB),
-    "a long name": string("{{user." + "a" * MIB + "}}"),
-    "a long number": string("{{" + "1" * MIB + "x}}"),
-    "a long path": string("{{user." + "a." * (MIB // 2) + "}}"),
-    "many operands": string("{{" + "a||" * (MIB // 3) + "a}}"),
-    "many shortcodes to guess": "{" + ",".join(f'"{i}":"{{{{user.i{i}d}}}}"' for i in range(MIB // 24)) + "}",
-    "surrogates": string("\\ud800{{x}}" * (MIB // 11)),
-    "brackets": '{"a":' + "[" * MIB,
-    "objects": '{"a":' * (MIB // 5),
-    "one name": "{" + '"a":1,' * (MIB // 6) + '"a":1}',
-    "empty strings": '{"a":[' + '"",' * (MIB // 3) + "1]}",
-    "spaces before an error": '{"a":1' + " " * MIB + "x",
+    "open braces": "{" * LARGE,
+    "open braces in a string": string("{" * LARGE),
+    "closing braces in a string": string("}" * LARGE),
+    "empty expressions": string("{{}}" * (LARGE // 4)),
+    "braces the wrong way round": string("}}{{" * (LARGE // 4)),
+    "escaped braces": string(r"\u007b\u007bx\u007d\u007d" * (LARGE // 25)),
+    "backslashes": string("\\" * LARGE),
+    "bare backslashes": "\\" * LARGE,
+    "quotes": '"' * LARGE,
+    "escaped quotes": string('\\"' * (LARGE // 2)),
+    "single quotes": string("{{" + "'" * (LARGE + 1) + "}}"),
+    "bars": string("{{" + "|" * LARGE + "}}"),
+    "dots": string("{{" + "." * LARGE + "}}"),
+    "white space": string("{{" + " " * LARGE),
+    "a long name": string("{{user." + "a" * LARGE + "}}"),
+    "a long number": string("{{" + "1" * LARGE + "x}}"),
+    "a long path": string("{{user." + "a." * (LARGE // 2) + "}}"),
+    "many operands": string("{{" + "a||" * (LARGE // 3) + "a}}"),
+    "many shortcodes to guess": "{" + ",".join(f'"{i}":"{{{{user.i{i}d}}}}"' for i in range(LARGE // 24)) + "}",
+    "surrogates": string("\\ud800{{x}}" * (LARGE // 11)),
+    "brackets": '{"a":' + "[" * LARGE,
+    "objects": '{"a":' * (LARGE // 5),
+    "one name": "{" + '"a":1,' * (LARGE // 6) + '"a":1}',
+    "empty strings": '{"a":[' + '"",' * (LARGE // 3) + "1]}",
+    "spaces before an error": '{"a":1' + " " * LARGE + "x",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.timeout(20)  # two seconds at most; what is quadratic takes minutes
-def test_a_hostile_mebibyte_takes_linear_time(name: str) -> None:
+def test_a_hostile_template_of_256_kib_takes_linear_time(name: str) -> None:
     _, findings = lint(HOSTILE[name])
     assert len(findings) <= 2 * (FINDINGS + 1)
 
@@ -665,13 +665,13 @@ def check(source: str) -> None:
 
 
 @given(texts)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_any_text_can_be_looked_at(source: str) -> None:
     check(source)
 
 
 @given(st.lists(scraps, max_size=12).map("".join))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_any_string_can_be_looked_at(content: str) -> None:
     check('{"a": ' + json.dumps(content) + "}")
     check('{"a": ' + json.dumps(content, ensure_ascii=False) + "}")
@@ -756,7 +756,7 @@ def without_expressions(value: Any) -> Any:
 
 
 @given(claims, st.booleans(), st.sampled_from([None, 0, 2, "\t"]))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 def test_what_is_static_stays_and_is_compact(
     claims: dict[str, Any], ascii_only: bool, indent: int | str | None
 ) -> None:
@@ -770,7 +770,7 @@ def test_what_is_static_stays_and_is_compact(
 
 
 @given(contents, plain, st.booleans())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 def test_a_finding_points_at_what_it_is_about_whatever_stands_before(content: str, key: str, ascii_only: bool) -> None:
     assume(key not in RESERVED)
     encoded = json.dumps({key: [content + "{{nope}}"]}, ensure_ascii=ascii_only, indent=1)
