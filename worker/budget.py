@@ -146,7 +146,7 @@ class _Scale:
 
     def add(self, user: Weighed) -> None:
         low = high = user.claims_bytes
-        if not (user.current and self._kept_holds):
+        if not (user.current and user.exact and self._kept_holds):
             low, high = self._measured(user.weights)
         if low != high:
             self.inexact += 1

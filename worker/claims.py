@@ -73,13 +73,14 @@ class Weights(NamedTuple):
 class Weighed(NamedTuple):
     """One live user with the weights that the database keeps.
 
-    `current` says whether `claims_bytes` is by the policy asked about; `has_public` and `has_unsafe`, whether the JSON
-    of that kind is kept.
+    `current` says whether `claims_bytes` is by the policy asked about, `exact` that it isn't an upper bound;
+    `has_public` and `has_unsafe`, whether the JSON of that kind is kept.
     """
 
     weights: Weights
     claims_bytes: int
     current: bool
+    exact: bool
     has_public: bool
     has_unsafe: bool
 

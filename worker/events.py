@@ -222,10 +222,15 @@ def _type(value: object) -> str:
     return value[:100]
 
 
+def is_user_id(value: object) -> bool:
+    """Whether this may be the id of a user: 1 to 255 visible ASCII characters."""
+    return isinstance(value, str) and _USER_ID.fullmatch(value) is not None
+
+
 def _user_id(value: object) -> str:
     if value is None:
         raise EventError("data.id is missing")
-    if not isinstance(value, str) or not _USER_ID.fullmatch(value):
+    if not isinstance(value, str) or not is_user_id(value):
         raise EventError("data.id is not a user id (1 to 255 visible ASCII characters)")
     return value
 

@@ -263,7 +263,8 @@ select
   case when users.size < 100000 then (select count(*) from clerk.users where deleted_at is null)
     else users.size - (select count(*) from clerk.users where deleted_at is not null) end::bigint as users,
   (select count(*) from clerk.users where deleted_at is not null) as tombstones,
-  (select count(*) from clerk.users where over_budget) as users_over_budget
+  (select count(*) from clerk.users where over_budget) as users_over_budget,
+  (select count(*) from clerk.users where content_missing) as users_content_missing
 from
   (select reltuples as size from pg_class where oid = 'clerk.webhook_events'::regclass) as events,
   (select reltuples as size from pg_class where oid = 'clerk.users'::regclass) as users
@@ -271,7 +272,8 @@ from
 
 
 def counts(connection: Connection) -> dict[str, Any]:
-    """Events by state, the age of the oldest pending one in seconds, users, those over the budget, and tombstones."""
+    """Events by state, the age of the oldest pending one in seconds, users, tombstones, users over the budget and
+    those with metadata that only Clerk has."""
     with connection.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(COUNTS).fetchone()
     assert row is not None  # noqa: S101 - an aggregate without grouping always has one row

@@ -6,6 +6,7 @@ linear in time and free of recursion, whatever the text.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Final
 
@@ -276,3 +277,26 @@ def _shortened(escape: re.Match[bytes]) -> bytes:
     if 0xD800 <= character <= 0xDFFF:
         return _REPLACEMENT
     return _DEMANDED.get(character) or chr(character).encode()
+
+
+# --- For people.
+
+# Printable by Unicode's book, and yet nothing is seen: fillers, joiners, vowels without a sign, variation selectors.
+_UNSEEN: Final = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | {
+    chr(code) for low, high in ((0xFE00, 0xFE0F), (0xE0100, 0xE01EF)) for code in range(low, high + 1)
+}
+
+
+def is_visible(char: str) -> bool:
+    """Whether a character neither controls, reorders nor hides."""
+    return char.isprintable() and char not in _UNSEEN
+
+
+def visible(text: str) -> str:
+    r"""The text with every character that controls, reorders or hides escaped as in JSON, like `\u202e`.
+
+    Field names of unsafe metadata are chosen by users' browsers. JSON text stays the same JSON.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if is_visible(char) else json.dumps(char)[1:-1] for char in text)

@@ -59,8 +59,10 @@ def measure_kept(
     value_of = values_of(UserChanged(weights.user_id, weights.version, 0, None, public, unsafe), assumed)
     kept = {"public_metadata": public, "unsafe_metadata": unsafe}
 
-    def tells(operand: Operand) -> bool:
+    def tells(operand: Operand, in_text: bool) -> bool:
         match operand:
+            case Shortcode(path=("user", kind)) if not in_text:
+                return False  # the whole is known to the byte, as it was sent
             case Shortcode(path=("user", kind, *_)):
                 return kept.get(kind) is not None
         return isinstance(operand, Constant)
@@ -69,7 +71,7 @@ def measure_kept(
     low = high = static
     for expressions, in_text in ((values, False), (texts, True)):
         for expression in expressions:
-            if all(map(tells, expression.operands)):
+            if all(tells(operand, in_text) for operand in expression.operands):
                 value = chosen(expression, value_of)
                 least = most = len(as_text(value) if in_text else value)
             else:
@@ -91,12 +93,14 @@ def contributions(template: Template, weights: Weights, assumed: Assumed) -> dic
         for expression in expressions:
             sizes = [_sizer(operand)(weights, assumed) for operand in expression.operands]
             for operand, size in _results(expression.operands, sizes):
-                for name, added in _named(operand, weights, size, in_text):
+                for name, added in _named(operand, weights, assumed, size, in_text):
                     found[name] += added
     return dict(+found)  # without those that add nothing
 
 
-def _named(operand: Operand, weights: Weights, size: _Size, in_text: bool) -> Iterator[tuple[str, int]]:
+def _named(
+    operand: Operand, weights: Weights, assumed: Assumed, size: _Size, in_text: bool
+) -> Iterator[tuple[str, int]]:
     most = size.text.high if in_text else size.value.high
     path = operand.path if isinstance(operand, Shortcode) else ()
     match path:
@@ -112,7 +116,7 @@ def _named(operand: Operand, weights: Weights, size: _Size, in_text: bool) -> It
             yield f"{kind}.{name}", most
         case ("user", name) if name in _USER_SIZERS:
             yield f"user.{name}", most
-        case _ if assumed_bytes(path, {}) is not None:
+        case _ if assumed_bytes(path, assumed) is not None:
             yield f"{'.'.join(path)} (assumed)", most
         case _:
             yield FRAME, most
@@ -177,9 +181,16 @@ def _sizer(operand: Operand) -> _Sizer:
             return _field_sizer(_FIELDS_OF[kind], name, below)
         case ("user", name) if name in _USER_SIZERS:
             return _USER_SIZERS[name]
-        case path if assumed_bytes(path, {}) is not None:
-            return lambda _, assumed: _text(assumed_bytes(path, assumed) or 0)
-    return _always(_NULL)
+        case path:
+            return _assumed_sizer(path)
+
+
+def _assumed_sizer(path: tuple[str, ...]) -> _Sizer:
+    def sizer(_: Weights, assumed: Assumed) -> _Size:
+        size = assumed_bytes(path, assumed)
+        return _NULL if size is None else _text(size)
+
+    return sizer
 
 
 def _always(size: _Size) -> _Sizer:

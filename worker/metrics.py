@@ -89,6 +89,7 @@ class _Counted:
             ("oldest_pending_seconds", "Age of the oldest pending event; 0 where none is pending"),
             ("users", "Live users"),
             ("tombstones", "Deleted users"),
+            ("users_content_missing", "Live users with metadata that is to be copied and only Clerk has"),
             ("users_over_budget", "Live users whose custom claims weigh more than the session token's budget"),
         ):
             gauge = GaugeMetricFamily(f"clerk_sync_{name}", help_text)

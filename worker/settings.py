@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 from worker.errors import ConfigError, TemplateError
 from worker.policy import Copy, Policy
-from worker.shortcodes import assumed_bytes
+from worker.shortcodes import can_be_assumed
 from worker.signing import signing_secret_problem
 from worker.template import ASSUMED_TEMPLATE, Template, parse_template
 
@@ -41,8 +41,11 @@ class Settings:
     log_level: str = "INFO"
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None, *, need: tuple[Need, ...] = ()) -> Settings:
-        """Read the settings, of which those named by `need` must be there.
+    def from_env(
+        cls, env: Mapping[str, str] | None = None, *, need: tuple[Need, ...] = (), claims: bool = True
+    ) -> Settings:
+        """Read the settings, of which those named by `need` must be there; without `claims`, but for the template, for
+        what must work while that is broken.
 
         Raises ConfigError that names every missing or bad variable at once.
         """
@@ -50,6 +53,10 @@ class Settings:
         secrets = reader.read("CLERK_WEBHOOK_SIGNING_SECRET", _signing_secrets, (), secret=True)
         if not secrets:
             secrets = reader.read("CLERK_WEBHOOK_SECRET", _signing_secrets, (), secret=True)
+        assumed = reader.read("SESSION_CLAIMS_ASSUMED_BYTES", _assumed_bytes, {}) if claims else {}
+        template = ASSUMED_TEMPLATE
+        if claims:
+            template = reader.read("SESSION_CLAIMS", lambda text: _template(text, assumed), ASSUMED_TEMPLATE)
         settings = cls(
             signing_secrets=secrets,
             database_url=reader.read("DATABASE_URL", _database_url, "", secret=True),
@@ -60,8 +67,8 @@ class Settings:
                 public=reader.read("COPY_PUBLIC", _one_of(Copy), Copy.OVERSIZE),
                 unsafe=reader.read("COPY_UNSAFE", _one_of(Copy), Copy.OVERSIZE),
                 budget=reader.read("SESSION_CLAIMS_BUDGET", _integer(0, 1_000_000), 1200),
-                template=reader.read("SESSION_CLAIMS", _template, ASSUMED_TEMPLATE),
-                assumed=reader.read("SESSION_CLAIMS_ASSUMED_BYTES", _assumed_bytes, {}),
+                template=template,
+                assumed=assumed,
             ),
             port=reader.read("PORT", _integer(1, 65535), 8000),
             log_format=reader.read("LOG_FORMAT", _choice(LOG_FORMATS), "logfmt"),
@@ -145,26 +152,26 @@ def _broker_url(text: str) -> str:
     return text
 
 
-def _template(text: str) -> Template:
+def _template(text: str, declared: Collection[str]) -> Template:
     """A claims template, or with `@path` the one in that file."""
     if text.startswith("@"):
         try:
-            text = Path(text[1:]).read_text(encoding="utf-8")
+            text = Path(text[1:]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the file {text[1:]} can't be read ({type(error).__name__})") from None
-    return parse_template(text)
+    return parse_template(text, declared)
 
 
 def _assumed_bytes(text: str) -> dict[str, int]:
     try:
         given = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
         raise ValueError('must be a JSON object of shortcodes and bytes, such as {"org.name": 60}')  # noqa: TRY004
     for name, size in given.items():
-        if assumed_bytes(tuple(name.split(".")), {}) is None:
-            raise ValueError(f"{name[:60]!a} is no shortcode that is weighed by assumption, such as org.name")
+        if not can_be_assumed(name):
+            raise ValueError(f"{name[:60]!a} is no shortcode that can be weighed by assumption, such as org.name")
         if not isinstance(size, int) or isinstance(size, bool) or not 2 <= size <= 1_000_000:
             raise ValueError(f"{name} must be a whole number of bytes from 2 to 1000000")
     return given

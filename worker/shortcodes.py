@@ -60,17 +60,34 @@ https://clerk.com/docs/guides/sessions/session-tokens#default-claims"""
 
 
 def assumed_bytes(path: tuple[str, ...], overrides: Mapping[str, int]) -> int | None:
-    """Give the bytes that a shortcode's value is assumed to have; None where a user's data tells.
+    """Give the bytes that a shortcode's value is assumed to have; None where a user's data tells, or nobody does.
 
-    `overrides` is by the shortcode as it is written, `org.name`, and changes no other: neither above nor below it.
+    `overrides` is by the shortcode as it is written, `org.name`, and changes no other: neither above nor below it. It
+    may also name one that isn't known here.
     """
     written = ".".join(path)
     default = ASSUMED_BYTES.get(written)
     if default is None and len(path) > 2 and ".".join(path[:2]) in _WITH_FIELDS:
         default = _FIELD_BYTES
-    return None if default is None else overrides.get(written, default)
+    return None if _is_told(path) else overrides.get(written, default)
 
 
+def _is_told(path: tuple[str, ...]) -> bool:
+    return path[:2] in _METADATA or ".".join(path) in USER_SHORTCODES
+
+
+def can_be_assumed(written: str) -> bool:
+    """Whether bytes may be assumed of a shortcode: any dot path but those that a user's own data tells."""
+    path = tuple(written.split("."))
+    return (
+        len(path) > 1
+        and all(_NAME.fullmatch(name) for name in path)
+        and "private_metadata" not in path
+        and not _is_told(path)
+    )
+
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 _SINGLE: Final = frozenset({*USER_SHORTCODES, *ASSUMED_BYTES})
 _METADATA: Final = (("user", "public_metadata"), ("user", "unsafe_metadata"))
 

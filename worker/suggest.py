@@ -11,7 +11,7 @@ import re
 import shlex
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import chain, count
@@ -20,10 +20,10 @@ from typing import Final, Literal
 from worker.budget import FIELDS_FOLLOWED, KINDS, Field, Kind, kinds
 from worker.claims import NAME_BYTES, Weighed, Weights
 from worker.errors import ConfigError, SyncError
-from worker.jsontext import compact
+from worker.jsontext import compact, is_visible, visible
 from worker.measure import measure
 from worker.policy import Policy
-from worker.template import Template, parse_template
+from worker.template import Expression, Shortcode, Template, lint, parse_template
 
 MOVED_LISTED: Final = 1000
 
@@ -38,16 +38,20 @@ Reason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A field that the suggested template leaves out: why, and the SQL that reads it (`$1` is the user's id)."""
+    """A field that the suggested template leaves out: why, how many users have it, the bytes of its largest value,
+    and the SQL that reads it (`$1` is the user's id)."""
 
     name: str
     reason: Reason
+    users: int
+    largest: int
     sql: str
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """A claims template within the budget; `template` and `config_patch` are None where even the base is over.
+    """A claims template within the budget; `template` and `config_patch` are None where even the base is over, and
+    where there are no users to fit.
 
     The base is those claims of the present template that carry no metadata, and `base_bytes` what it weighs for the
     heaviest user; `dropped` names its other claims. `over` and `max` are of the suggested template, or of the base
@@ -66,15 +70,16 @@ class Suggestion:
     moved: tuple[Moved, ...]
     other_moved: int
     dropped: tuple[str, ...]
+    asked_for: tuple[str, ...]
 
 
 def suggest(population: Iterable[Weighed], policy: Policy, keep: Sequence[str], percentile: float) -> Suggestion:
     """Suggest a template that fits, carrying the fields in `keep`, most important first; where it is empty, all that
-    one percent of the users have, smallest first.
+    one percent of the users have: those that most have first, and of these the smallest.
 
-    It goes on carrying what the policy's template carries besides metadata. At most 100 - `percentile` percent of the
-    users, rounded down, are over the budget under it. Of each kind the first 50,000 different field names can be
-    suggested. Raises ConfigError where a name in `keep` isn't written like a field's.
+    It goes on carrying those claims of the policy's template that have no metadata in them. At most
+    100 - `percentile` percent of the users, rounded down, are over the budget under it. Of each kind the first 50,000
+    different field names can be suggested. Raises ConfigError where a name in `keep` isn't written like a field's.
     """
     wanted = _wanted(keep)
     if not 0 <= percentile <= 100:
@@ -85,7 +90,7 @@ def suggest(population: Iterable[Weighed], policy: Policy, keep: Sequence[str], 
         table.add(user.weights)
     fit = _Fit(table, base, policy.budget, allowed=int((100 - Decimal(str(percentile))) * len(table.weights) // 100))
     columns = [table.columns[kind][name] for kind, name in wanted] or table.common()
-    fits = fit.over <= fit.allowed
+    fits = bool(table.weights) and fit.over <= fit.allowed
     kept = [column for column in columns if fits and _obstacle(column.name) is None and fit.add(column)]
     source = base.with_fields(kept) if fits else None
     if source is not None:
@@ -101,10 +106,12 @@ def suggest(population: Iterable[Weighed], policy: Policy, keep: Sequence[str], 
         base_bytes=max(table.weights, default=0),
         kept=_kept_fields(kept, fit.total),
         moved=tuple(
-            Moved(column.title, _reason(column, wanted, table), _sql(column)) for column in moved[:MOVED_LISTED]
+            Moved(column.title, _reason(column, wanted, table), len(column.users), column.largest, _sql(column))
+            for column in moved[:MOVED_LISTED]
         ),
         other_moved=max(0, len(moved) - MOVED_LISTED),
         dropped=base.dropped,
+        asked_for=tuple(f"{kind}.{name}" for kind, name in wanted),
     )
 
 
@@ -165,11 +172,11 @@ _NOT_IN_A_PATH: Final = frozenset(" .'\"`{}|")
 def _sql(column: _Column) -> str:
     """The query for one field. In its literal whatever can't be seen is escaped, as users' browsers choose names."""
     literal = column.name.replace("'", "''")
-    if column.name.isprintable():
+    if visible(column.name) == column.name:
         literal = f"'{literal}'"
     else:
         literal = literal.replace("\\", "\\\\")
-        literal = "".join(char if char.isprintable() else f"\\U{ord(char):08X}" for char in literal)
+        literal = "".join(char if is_visible(char) else f"\\U{ord(char):08X}" for char in literal)
         literal = f"E'{literal}'"
     return f"select {column.kind} -> {literal} from clerk.user_metadata where user_id = $1"  # noqa: S608 - shown, not run
 
@@ -198,7 +205,7 @@ class _Base:
     @property
     def template(self) -> Template:
         """The claims alone."""
-        return parse_template(self.with_fields(()))
+        return _compiled(self.with_fields(()))
 
     def with_fields(self, columns: Sequence[_Column]) -> str:
         """The claims and those fields as the source of a template."""
@@ -215,15 +222,29 @@ class _Base:
 
 
 def _base(present: Template) -> _Base:
+    objects: dict[Kind, str] = {}
     claims: dict[str, str] = {}
     dropped: list[str] = []
     for name, value in _claims(present.source):
-        template = parse_template(f"{{{_json(name)}: {value}}}")
-        if any(path[:2] == ("user", kind) for path in template.shortcodes for kind in KINDS):
+        template = _compiled(f"{{{_json(name)}: {value}}}")
+        whole = [kind for kind in KINDS if template.parts[1:2] == (Expression((Shortcode(("user", kind)),)),)]
+        if whole and whole[0] not in objects and len(template.parts) == 3 and template.parts[2] == b"}":
+            objects[whole[0]] = name  # where the application looks for its fields today
+        elif any(path[:2] == ("user", kind) for path in template.shortcodes for kind in KINDS):
             dropped.append(name)
         else:
             claims[name] = value
-    return _Base(claims, tuple(dropped), {kind: _free_name(kind, claims) for kind in KINDS})
+    for kind in KINDS:
+        objects.setdefault(kind, _free_name(kind, {*claims, *objects.values()}))
+    return _Base(claims, tuple(dropped), objects)
+
+
+def _compiled(source: str) -> Template:
+    """A template made of a valid one; what it may name was judged when that was read."""
+    template, _ = lint(source)
+    if template is None:
+        raise SyncError("the suggested template is no JSON object: please report this")
+    return template
 
 
 def _claims(source: str) -> Iterator[tuple[str, str]]:
@@ -242,10 +263,10 @@ def _after(separator: re.Pattern[str], source: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _free_name(kind: Kind, claims: Mapping[str, str]) -> str:
+def _free_name(kind: Kind, taken: Collection[str]) -> str:
     short = kind.removesuffix("_metadata")
     numbered = (f"{short}_{number}" for number in count(2))
-    return next(name for name in chain((kind, short), numbered) if name not in claims)
+    return next(name for name in chain((kind, short), numbered) if name not in taken)
 
 
 # What everybody would weigh.
@@ -319,8 +340,9 @@ class _Table:
         return len(column.users) * 100 >= len(self.weights) * WANTED_PERCENT
 
     def common(self) -> list[_Column]:
-        """The fields that are wanted unasked, the one with the smallest largest value first."""
-        return sorted(filter(self.is_common, self.all()), key=lambda column: (column.largest, column.title))
+        """The fields that are wanted unasked: those that most users have first, and of these the smallest."""
+        wanted = filter(self.is_common, self.all())
+        return sorted(wanted, key=lambda column: (-len(column.users), column.largest, column.title))
 
     def add(self, weights: Weights) -> None:
         """Take one user in."""
@@ -481,7 +503,7 @@ class _Fit:
 
 def _verify(source: str, table: _Table, fit: _Fit, policy: Policy) -> None:
     """Weigh the heaviest users by the template itself, and count again: what is over is never suggested."""
-    template = parse_template(source)
+    template = parse_template(source, policy.assumed)
     weighed = all(
         measure(template, weights, policy.assumed).high == fit.weight(-place) for _, place, weights in table.sample
     )

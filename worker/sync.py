@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 BATCH: Final = 500
 
-_PLAIN: Final = re.compile(r"[\w.-]{1,80}(?: \([a-z ]+\))?", re.ASCII)
-"""Field names that a log may carry: a user chooses those of unsafe metadata, and an address can be one."""
+_PLAIN: Final = re.compile(r"(?!.*[0-9]{4})[a-z_]+(?:\.[A-Za-z_][A-Za-z0-9_-]{0,39}){0,3}(?: \([a-z ]+\))?")
+"""Field names that a log may carry: a user chooses those of unsafe metadata, and an address or a number can be one."""
 
 BATCH_SECONDS: Final = 60.0
 """A batch that takes longer has lost its Postgres: its connection is cut and made anew."""

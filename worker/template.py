@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -107,21 +107,24 @@ def _expressions(parts: tuple[Part, ...]) -> Iterator[Expression]:
             yield from (inner for inner in part.parts if isinstance(inner, Expression))
 
 
-def parse_template(source: str) -> Template:
-    """Give the template; TemplateError tells every error. Warnings are left to whoever asks for them."""
-    template, findings = lint(source)
+def parse_template(source: str, declared: Collection[str] = ()) -> Template:
+    """Give the template; TemplateError tells every error. Warnings are left to whoever asks for them.
+
+    `declared` has shortcodes that are known besides Clerk's documented ones, as they are written.
+    """
+    template, findings = lint(source, declared)
     errors = [str(finding) for finding in findings if finding.severity == "error"]
     if template is None or errors:
         raise TemplateError(*errors)
     return template
 
 
-def lint(source: str) -> tuple[Template | None, tuple[Finding, ...]]:
+def lint(source: str, declared: Collection[str] = ()) -> tuple[Template | None, tuple[Finding, ...]]:
     """Give the template and all findings, in order of position; None only where it isn't a JSON object.
 
     With other errors it renders what Clerk would: null for an operand that means nothing.
     """
-    report = _Report(source)
+    report = _Report(source, declared)
     parts = _walk(source, report) if _is_object(source, report) else None
     findings = report.findings()
     if parts is None:
@@ -140,7 +143,8 @@ def lint(source: str) -> tuple[Template | None, tuple[Finding, ...]]:
 class _Report:
     """Collects findings by their offset in the source, as many as anybody reads."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, declared: Collection[str]) -> None:
+        self.declared = declared
         self._source = source
         self._errors: list[tuple[int, str]] = []
         self._warnings: list[tuple[int, str]] = []
@@ -412,7 +416,7 @@ def _operand(written: str, offset: int, report: _Report) -> Operand:
     if problem := _malformed(written, names):
         report.error(offset, problem)
         return _NULL
-    if not known(names):
+    if not known(names) and written not in report.declared:
         if not report.full:
             report.error(offset, _misnamed(names))
     elif names in _UNBOUNDED:
@@ -461,8 +465,13 @@ def _misnamed(path: tuple[str, ...]) -> str:
         # What is below stands in the message twice, and must not make it show more than it may.
         suggestion = _shown(".".join(meant)) if len(written) + len(".".join(below)) < SHOWN else ".".join(meant[:2])
         return f"{_shown(written)} is no shortcode of Clerk's: did you mean {suggestion}?"
-    advice = "if it is a text, put it in single quotes" if len(path) == 1 else "it would be null; correct or remove it"
+    advice = "if it is a text, put it in single quotes" if len(path) == 1 else _UNKNOWN
     return f"{_shown(written)} is no shortcode of Clerk's: {advice}"
+
+
+_UNKNOWN: Final = (
+    "it would be null; correct or remove it, or where Clerk does have it, say its bytes in SESSION_CLAIMS_ASSUMED_BYTES"
+)
 
 
 def _shown(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from psycopg.rows import namedtuple_row
@@ -152,16 +152,57 @@ def gate_deletions(connection: Connection, deletions: Sequence[UserDeleted]) -> 
     return [outcome for (outcome,) in rows]
 
 
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What was kept of a user before they were erased by hand; `pending` events are erased when they are drained."""
+
+    was_deleted: bool
+    user: bool
+    kinds: tuple[str, ...]
+    dead_bodies: int
+    pending: int
+
+
+KEPT_OF = """
+select
+  coalesce(bool_or(users.deleted_at is not null), false),
+  coalesce(bool_or(users.deleted_at is null), false),
+  coalesce(array_remove(
+    array[
+      case when bool_or(private_metadata is not null) then 'private_metadata' end,
+      case when bool_or(public_metadata is not null) then 'public_metadata' end,
+      case when bool_or(unsafe_metadata is not null) then 'unsafe_metadata' end
+    ], null), '{}'),
+  (select count(*) from clerk.webhook_events where user_id = %(user_id)s and state = 'dead' and body is not null),
+  (select count(*) from clerk.webhook_events where user_id = %(user_id)s and state = 'pending'),
+  (extract(epoch from now()) * 1000)::bigint
+from clerk.users left join clerk.user_contents using (user_id)
+where user_id = %(user_id)s
+"""
+
+
+def erase(connection: Connection, user_id: str) -> Erased:
+    """Erase one user as `user.deleted` would, dated by the database's clock. Raises psycopg.Error."""
+    with connection.transaction():
+        connection.execute(LOCK, {"user_id": [user_id]})
+        found = connection.execute(KEPT_OF, {"user_id": user_id}).fetchone()
+        was_deleted, user, kinds, dead_bodies, pending, now = found or (False, False, [], 0, 0, 0)
+        gate_deletions(connection, [UserDeleted(user_id, now)])
+    return Erased(was_deleted, user, tuple(kinds), dead_bodies, pending)
+
+
 # --- Deciding again
 
 
 @dataclass(slots=True)
 class Reweighed:
-    """How many users were weighed again; of them how many are over the budget now, of how many a copy was dropped
-    that the token carries, and of how many a kind is to be kept that only Clerk has."""
+    """How many users were weighed again; of them how many are over the budget now, of how many there is a copy that
+    isn't wanted any more (`droppable`, erased where `dropped`), and of how many a kind is to be kept that only Clerk
+    has."""
 
     users: int = 0
     over: int = 0
+    droppable: int = 0
     dropped: int = 0
     missing: int = 0
     crossings: list[Crossing] = field(default_factory=list)
@@ -179,6 +220,7 @@ KEPT = """
 select
   user_id, version, profile_bytes, public_bytes, unsafe_bytes,
   public_fields::text, unsafe_fields::text,
+  claims_bytes, claims_exact and weighed_by is not distinct from %(fingerprint)s as weighed,
   private_metadata is not null as has_private,
   public_metadata is not null as has_public,
   unsafe_metadata is not null as has_unsafe
@@ -189,15 +231,16 @@ where user_id = any(%(user_id)s) and deleted_at is null
 REWEIGH = """
 update clerk.users as old set
   claims_bytes = new.claims_bytes,
+  claims_exact = new.exact,
   weighed_by = %(weighed_by)s,
   over_budget = new.claims_bytes > %(budget)s,
   crossed = new.claims_bytes > %(budget)s and not old.over_budget,
   private_copied = new.private, public_copied = new.public, unsafe_copied = new.unsafe,
   content_missing = new.missing
 from unnest(
-  %(user_id)b::text[], %(claims_bytes)b::int[], %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[],
-  %(missing)b::bool[]
-) as new (user_id, claims_bytes, private, public, unsafe, missing)
+  %(user_id)b::text[], %(claims_bytes)b::int[], %(exact)b::bool[],
+  %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[], %(missing)b::bool[]
+) as new (user_id, claims_bytes, exact, private, public, unsafe, missing)
 where old.user_id = new.user_id
 returning old.user_id, old.over_budget, old.crossed
 """
@@ -213,7 +256,7 @@ where old.user_id = new.user_id
 """
 
 
-def reweigh(connection: Connection, policy: Policy, user_ids: Sequence[str], *, drop: bool = True) -> Reweighed:
+def reweigh(connection: Connection, policy: Policy, user_ids: Sequence[str], *, drop: bool) -> Reweighed:
     """Weigh users by what is kept of them and decide anew what is copied, in one transaction.
 
     Where the sizes only give bounds, JSON that is kept tells; where there is none, the upper bound counts. With
@@ -222,28 +265,30 @@ def reweigh(connection: Connection, policy: Policy, user_ids: Sequence[str], *, 
     with connection.transaction():
         connection.execute(LOCK, {"user_id": list(user_ids)})
         with connection.cursor(row_factory=namedtuple_row) as cursor:
-            rows = cursor.execute(KEPT, {"user_id": list(user_ids)}).fetchall()
+            rows = cursor.execute(KEPT, {"user_id": list(user_ids), "fingerprint": policy.fingerprint}).fetchall()
         weighed = [(row, *_weigh_again(connection, policy, row)) for row in rows]
         return _decide_again(connection, policy, weighed, drop=drop)
 
 
-def _weigh_again(connection: Connection, policy: Policy, row: Any) -> tuple[Weights, int]:
+def _weigh_again(connection: Connection, policy: Policy, row: Any) -> tuple[Weights, Range]:
     weights = _weights(row[:7])
+    if row.weighed:
+        return weights, Range(row.claims_bytes, row.claims_bytes)
     bounds = measure(policy.template, weights, policy.assumed)
     if bounds.low != bounds.high and (row.has_public or row.has_unsafe):
         bounds = exactly(connection, policy, weights)
-    return weights, bounds.high
+    return weights, bounds
 
 
 def _decide_again(
-    connection: Connection, policy: Policy, weighed: Sequence[tuple[Any, Weights, int]], *, drop: bool
+    connection: Connection, policy: Policy, weighed: Sequence[tuple[Any, Weights, Range]], *, drop: bool
 ) -> Reweighed:
     result = Reweighed(users=len(weighed))
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("user_id", "claims_bytes", "private", "public", "unsafe", "missing")
+        name: [] for name in ("user_id", "claims_bytes", "exact", "private", "public", "unsafe", "missing")
     }
-    dropped = []
-    for row, _, claims_bytes in weighed:
+    unwanted = []
+    for row, _, (low, claims_bytes) in weighed:
         wanted = decide(policy, claims_bytes)
         pairs = (
             (wanted.private, row.has_private),
@@ -253,14 +298,18 @@ def _decide_again(
         missing = any(want and not has for want, has in pairs)
         for name, value in zip(
             columns,
-            (row.user_id, claims_bytes, *(has and (want or not drop) for want, has in pairs), missing),
+            (
+                *(row.user_id, claims_bytes, low == claims_bytes),
+                *(has and (want or not drop) for want, has in pairs),
+                missing,
+            ),
             strict=True,
         ):
             columns[name].append(value)
-        dropped.append(drop and any(has and not want for want, has in pairs))
+        unwanted.append(any(has and not want for want, has in pairs))
         result.missing += missing
-    result.dropped = sum(dropped)
-    weights = {row.user_id: (kept, claims_bytes) for row, kept, claims_bytes in weighed}
+    result.droppable = sum(unwanted)
+    weights = {row.user_id: (kept, bounds.high) for row, kept, bounds in weighed}
     updated = connection.execute(
         REWEIGH, {**columns, "budget": policy.budget, "weighed_by": policy.fingerprint}
     ).fetchall()
@@ -268,9 +317,10 @@ def _decide_again(
         result.over += over
         if crossed:
             result.crossings.append(_crossing(policy, *weights[user_id]))
-    if result.dropped:
+    if drop and result.droppable:
+        result.dropped = result.droppable
         some = {
-            name: [value for value, drop in zip(columns[name], dropped, strict=True) if drop]
+            name: [value for value, gone in zip(columns[name], unwanted, strict=True) if gone]
             for name in ("user_id", "private", "public", "unsafe")
         }
         connection.execute(DROP, some)
@@ -279,47 +329,64 @@ def _decide_again(
 
 STALE = """
 select user_id from clerk.users
-where deleted_at is null and weighed_by is distinct from %(fingerprint)s and user_id > %(after)s
+where deleted_at is null and (%(all)s or weighed_by is distinct from %(fingerprint)s) and user_id > %(after)s
 order by user_id
 limit %(most)s
 """
 
 
 def reweigh_all(
-    connection: Connection, policy: Policy, observe: Callable[[Reweighed], None] = lambda _: None
+    connection: Connection,
+    policy: Policy,
+    observe: Callable[[Reweighed], None] = lambda _: None,
+    *,
+    drop: bool = False,
 ) -> Reweighed:
     """Weigh again every user that another policy weighed, a thousand to a transaction; a run that was cut short
-    leaves the rest to the next one. `observe` is called with each batch. Raises psycopg.Error."""
+    leaves the rest to the next one. With `drop`, everybody, and copies that aren't wanted any more are erased.
+
+    `observe` is called with each batch. Raises psycopg.Error.
+    """
     total = Reweighed()
     after = ""
     while True:
-        stale = {"fingerprint": policy.fingerprint, "after": after, "most": REWEIGH_BATCH}
+        stale = {"all": drop, "fingerprint": policy.fingerprint, "after": after, "most": REWEIGH_BATCH}
         user_ids = [user_id for (user_id,) in connection.execute(STALE, stale)]
         if not user_ids:
             return total
-        batch = reweigh(connection, policy, user_ids)
+        batch = reweigh(connection, policy, user_ids, drop=drop)
         total.users += batch.users
         total.over += batch.over
+        total.droppable += batch.droppable
         total.dropped += batch.dropped
         total.missing += batch.missing
         observe(batch)
         after = user_ids[-1]
 
 
+class Counted(NamedTuple):
+    """Live users; how many of them another policy weighed than the one asked about; and of how many a kind of
+    metadata is to be kept that only Clerk has."""
+
+    users: int
+    stale: int
+    missing: int
+
+
 COUNT = """
 select
   count(*),
-  count(*) filter (where weighed_by is distinct from %(fingerprint)s)
+  count(*) filter (where weighed_by is distinct from %(fingerprint)s),
+  count(*) filter (where content_missing)
 from clerk.users
 where deleted_at is null
 """
 
 
-def count(connection: Connection, fingerprint: int) -> tuple[int, int]:
-    """Live users, and how many of them were weighed by another policy than that of this fingerprint."""
+def count(connection: Connection, fingerprint: int) -> Counted:
+    """Count the live users, and those whom the policy of this fingerprint didn't weigh."""
     row = connection.execute(COUNT, {"fingerprint": fingerprint}).fetchone()
-    users, stale = row or (0, 0)
-    return users, stale
+    return Counted(*(row or (0, 0, 0)))
 
 
 # --- Reading the weights
@@ -330,7 +397,7 @@ copy (
   select
     user_id, version, profile_bytes, public_bytes, unsafe_bytes,
     public_fields::text, unsafe_fields::text,
-    claims_bytes, weighed_by is not distinct from %(fingerprint)s,
+    claims_bytes, weighed_by is not distinct from %(fingerprint)s, claims_exact,
     public_copied, unsafe_copied
   from clerk.users
   where deleted_at is null
@@ -339,7 +406,7 @@ copy (
 
 POPULATION_TYPES: Final = (
     *("text", "int8", "int4[]", "int4", "int4", "text", "text"),
-    *("int4", "bool", "bool", "bool"),
+    *("int4", "bool", "bool", "bool", "bool"),
 )
 
 NO_LIMIT = "set local statement_timeout = 0"  # of one statement that lasts as long as its reader takes
@@ -352,8 +419,8 @@ def population(connection: Connection, fingerprint: int) -> Generator[Weighed, N
         cursor.execute(NO_LIMIT)
         with cursor.copy(POPULATION, {"fingerprint": fingerprint}) as copy:
             copy.set_types(POPULATION_TYPES)
-            for *sizes, claims_bytes, current, public_copied, unsafe_copied in copy.rows():
-                yield Weighed(_weights(sizes), claims_bytes, current, public_copied, unsafe_copied)
+            for *sizes, claims_bytes, current, exact, has_public, has_unsafe in copy.rows():
+                yield Weighed(_weights(sizes), claims_bytes, current, exact, has_public, has_unsafe)
 
 
 def _weights(row: Sequence[Any]) -> Weights:

@@ -6,6 +6,7 @@ alter table clerk.users
   add column public_fields   jsonb,       -- bytes of each top-level field's value, by name
   add column unsafe_fields   jsonb,       -- (null in any of the three: not known)
   add column weighed_by      bigint,      -- fingerprint of the policy of claims_bytes; null: to be weighed from the above
+  add column claims_exact    boolean not null default true,  -- false: claims_bytes is an upper bound, told by sizes
   add column over_budget     boolean not null default false,
   add column crossed         boolean not null default false, -- whether the last event that moved this row took it there
   add column content_missing boolean not null default false; -- whether a kind is to be kept that isn't here: fetch it
@@ -87,7 +88,7 @@ begin
       private_clock, public_clock, unsafe_clock,
       private_copied, public_copied, unsafe_copied,
       profile_bytes, public_bytes, unsafe_bytes, public_fields, unsafe_fields,
-      claims_bytes, weighed_by, over_budget, crossed, content_missing, synced_at
+      claims_bytes, claims_exact, weighed_by, over_budget, crossed, content_missing, synced_at
     ) = (
       select
         case when newest then excluded.version else old.version end,
@@ -108,38 +109,49 @@ begin
         case when event >= stored then excluded.profile_bytes else old.profile_bytes end,
         case when takes_public then excluded.public_bytes else old.public_bytes end,
         case when takes_unsafe then excluded.unsafe_bytes else old.unsafe_bytes end,
-        case when takes_public then excluded.public_fields else old.public_fields end,
-        case when takes_unsafe then excluded.unsafe_fields else old.unsafe_fields end,
+        -- The same content has the same fields: the stored ones stay, which may be large.
+        case when takes_public and (changes or old.public_fields is null)
+          then excluded.public_fields else old.public_fields end,
+        case when takes_unsafe and (changes or old.unsafe_fields is null)
+          then excluded.unsafe_fields else old.unsafe_fields end,
         -- Of a row with kinds of several events the claims are still to be weighed.
         case when whole then excluded.claims_bytes else old.claims_bytes end,
+        whole or old.claims_exact,
         case when whole then excluded.weighed_by end,
         case when whole then excluded.over_budget else old.over_budget end,
         whole and excluded.over_budget and not old.over_budget,
-        not whole and old.content_missing,
+        -- Of a row with kinds of several events this is still to be found out, but for private metadata alone.
+        case when whole then excluded.private_clock is not null and excluded.private_copied and not old.private_copied
+          else old.content_missing end,
         case when changes or excluded.version > old.version then now() else old.synced_at end
       from (
         select
           *,
-          event > stored as newest,
-          excluded.private_clock is null and event >= coalesce(old.private_clock, stored) as takes_private,
-          excluded.public_clock is null and event >= coalesce(old.public_clock, stored) as takes_public,
-          excluded.unsafe_clock is null and event >= coalesce(old.unsafe_clock, stored) as takes_unsafe,
-          event >= stored and excluded.public_clock is null and excluded.unsafe_clock is null as whole,
           excluded.content_hash <> old.content_hash
-            or (excluded.private_copied, excluded.public_copied, excluded.unsafe_copied)
-              <> (old.private_copied, old.public_copied, old.unsafe_copied) as changes
+            or takes_private and excluded.private_copied <> old.private_copied
+            or takes_public and excluded.public_copied <> old.public_copied
+            or takes_unsafe and excluded.unsafe_copied <> old.unsafe_copied as changes
         from (
           select
-            (
-              excluded.version,
-              -- The same content of the same version is the same event, whenever it was sent.
-              case when excluded.version = old.version and excluded.content_hash = old.content_hash
-                then greatest(excluded.event_at, old.event_at) else excluded.event_at end,
-              excluded.content_hash
-            )::clerk.clock as event,
-            (old.version, old.event_at, old.content_hash)::clerk.clock as stored
-          offset 0 -- reckoned once for each row, not wherever it is used
-        ) as clocks
+            *,
+            event > stored as newest,
+            excluded.private_clock is null and event >= coalesce(old.private_clock, stored) as takes_private,
+            excluded.public_clock is null and event >= coalesce(old.public_clock, stored) as takes_public,
+            excluded.unsafe_clock is null and event >= coalesce(old.unsafe_clock, stored) as takes_unsafe,
+            event >= stored and excluded.public_clock is null and excluded.unsafe_clock is null as whole
+          from (
+            select
+              (
+                excluded.version,
+                -- The same content of the same version is the same event, whenever it was sent.
+                case when excluded.version = old.version and excluded.content_hash = old.content_hash
+                  then greatest(excluded.event_at, old.event_at) else excluded.event_at end,
+                excluded.content_hash
+              )::clerk.clock as event,
+              (old.version, old.event_at, old.content_hash)::clerk.clock as stored
+            offset 0 -- reckoned once for each row, not wherever it is used
+          ) as clocks
+        ) as taken
       ) as decision
     )
     where old.deleted_at is null and (
@@ -153,6 +165,8 @@ begin
             <> (old.private_copied, old.public_copied, old.unsafe_copied)
           or excluded.weighed_by is distinct from old.weighed_by
           or old.content_missing
+          or not old.claims_exact
+          or old.profile_bytes is null
         )
       -- an older event, with a kind that the newer ones lacked
       or excluded.private_clock is null
@@ -260,7 +274,7 @@ begin
     private_clock = null, public_clock = null, unsafe_clock = null,
     private_copied = false, public_copied = false, unsafe_copied = false,
     profile_bytes = null, public_bytes = 0, unsafe_bytes = 0, public_fields = null, unsafe_fields = null,
-    claims_bytes = 0, weighed_by = null, over_budget = false, crossed = false, content_missing = false,
+    claims_bytes = 0, claims_exact = true, weighed_by = null, over_budget = false, crossed = false, content_missing = false,
     synced_at = now(), deleted_at = excluded.deleted_at
   where old.deleted_at is null or old.deleted_at > excluded.deleted_at;
 
@@ -276,5 +290,5 @@ begin
 end
 $$;
 
--- Functions made anew are everybody's to call, by Postgres's default.
-revoke all on all functions in schema clerk from public;
+-- A function made anew is everybody's to call, by Postgres's default.
+revoke all on function clerk.gate_users from public;

@@ -85,7 +85,7 @@ def test_a_user_who_begins_over_the_budget_has_crossed_it(db: Connection) -> Non
 
 
 def test_the_warning_names_fields_but_only_plain_ones(db: Connection, caplog: pytest.LogCaptureFixture) -> None:
-    unsafe = {"ada@example.com": "x" * 900, "theme": "y" * 500, "line\nbreak": "z" * 700}
+    unsafe = {"ada@example.com": "x" * 900, "theme": "y" * 500, "line\nbreak": "z" * 700, "sk_live_51H8abc": "w" * 400}
     inbox.record(db, [incoming(changed(unsafe=unsafe))])
     with caplog.at_level(logging.WARNING, "worker.sync"):
         sync.drain(db, Policy())
@@ -133,6 +133,21 @@ def test_a_kind_that_is_wanted_but_was_never_brought_is_marked_as_missing(db: Co
     assert kept(db, "content_missing, public_metadata") == (False, {"a": 1})
 
 
+def test_private_metadata_that_no_event_has_brought_since_it_is_wanted_is_missing(db: Connection) -> None:
+    never = Policy(private=Copy.NEVER)
+    deliver(db, changed(version=1, private={"plan": "pro"}), policy=never)
+    deliver(db, changed(version=2, private=ABSENT), policy=Policy())
+    assert kept(db, "content_missing, private_metadata") == (True, None)
+    deliver(db, changed(version=3, private={"plan": "pro"}), policy=Policy())
+    assert kept(db, "content_missing, private_metadata") == (False, {"plan": "pro"})
+
+
+def test_a_sign_in_that_lacks_a_kind_changes_nothing(db: Connection) -> None:
+    deliver(db, changed(version=1, public={"a": 1}))
+    deliver(db, changed(version=2, public=ABSENT, unsafe={"b": 1}))
+    assert deliver(db, changed(version=3, public=ABSENT, unsafe={"b": 1})).outcomes["unchanged"] == 1
+
+
 def test_after_the_template_changed_users_are_weighed_and_decided_again(db: Connection) -> None:
     small, big = changed("user_small", public={"role": "admin"}), changed("user_big", public=BIG)
     deliver(db, small, big, changed("user_gone"), deleted("user_gone"))
@@ -151,9 +166,12 @@ def test_after_the_template_changed_users_are_weighed_and_decided_again(db: Conn
 def test_copies_that_the_token_carries_now_are_dropped(db: Connection) -> None:
     deliver(db, changed(public={"a": 1}, unsafe={"b": 1}), policy=ROLE_ONLY)
     assert kept(db, "public_metadata, unsafe_metadata") == ({"a": 1}, {"b": 1})
-    assert users.reweigh_all(db, Policy()).dropped == 1
+    done = users.reweigh_all(db, Policy())
+    assert (done.droppable, done.dropped) == (1, 0)
+    assert kept(db, "public_metadata, unsafe_metadata") == ({"a": 1}, {"b": 1})
+    assert users.reweigh_all(db, Policy(), drop=True).dropped == 1
     assert kept(db, "public_metadata, unsafe_metadata, private_metadata") == (None, None, {})
-    assert users.reweigh_all(db, Policy(private=Copy.NEVER)).dropped == 1
+    assert users.reweigh_all(db, Policy(private=Copy.NEVER), drop=True).dropped == 1
     assert kept(db, "private_metadata") == (None,)
 
 
@@ -179,11 +197,22 @@ def test_a_nested_path_is_weighed_exactly_where_its_json_is_kept(db: Connection)
     body = changed(public={"home": {"city": "Zürich", "rest": "x" * 2000}})
     deliver(db, body, changed("user_b", public={"home": {"city": "Bern", "zip": 3000}}))
     assert users.reweigh_all(db, nested).over == 0
-    assert kept(db, "claims_bytes") == (len('{"c":"Zürich"}'.encode()),)
+    assert kept(db, "claims_bytes, claims_exact") == (len('{"c":"Zürich"}'.encode()), True)
     # Of user_b only sizes are kept: an upper bound, until the next event.
-    assert kept(db, "claims_bytes", "user_b") == (len('{"c":"Bern"}') + len(',"zip":3000'),)
+    assert kept(db, "claims_bytes, claims_exact", "user_b") == (len('{"c":"Bern"}') + len(',"zip":3000'), False)
     deliver(db, changed("user_b", public={"home": {"city": "Bern", "zip": 3000}}), policy=nested)
-    assert kept(db, "claims_bytes", "user_b") == (len('{"c":"Bern"}'),)
+    assert kept(db, "claims_bytes, claims_exact", "user_b") == (len('{"c":"Bern"}'), True)
+    # What an event has weighed exactly stays exact.
+    assert users.reweigh_all(db, nested, drop=True).users == 2
+    assert kept(db, "claims_bytes, claims_exact", "user_b") == (len('{"c":"Bern"}'), True)
+
+
+def test_the_same_event_brings_the_sizes_that_were_not_kept_before(db: Connection) -> None:
+    body = changed(public={"role": "admin"})
+    deliver(db, body)
+    db.execute("update clerk.users set (profile_bytes, public_fields, unsafe_fields) = (null, null, null)")
+    assert deliver(db, body).outcomes["unchanged"] == 1
+    assert kept(db, "public_fields, profile_bytes is null") == ({"role": 7}, False)
 
 
 def test_users_from_before_weights_were_kept_are_weighed_by_what_is_known(db: Connection) -> None:
@@ -193,10 +222,10 @@ def test_users_from_before_weights_were_kept_are_weighed_by_what_is_known(db: Co
         "update clerk.users set (profile_bytes, public_fields, unsafe_fields, weighed_by) = (null, null, null, null)"
     )
     db.execute("update clerk.users set over_budget = false, claims_bytes = 0")
-    assert users.count(db, Policy().fingerprint) == (2, 2)
+    assert users.count(db, Policy().fingerprint) == (2, 2, 0)
     assert users.reweigh_all(db, Policy()).over == 1
     assert (kept(db, "claims_bytes"), kept(db, "claims_bytes", "user_b")) == before
-    assert users.count(db, Policy().fingerprint) == (2, 0)
+    assert users.count(db, Policy().fingerprint) == (2, 0, 0)
 
 
 def test_the_population_is_every_live_user(connect: Callable[[], Connection]) -> None:
@@ -227,7 +256,7 @@ def test_deciding_again_waits_for_an_event_and_sees_what_it_brought(connect: Cal
     public = json.loads('{"role": "owner", "a": 1}')
     body = changed(version=2, public=public)
     assert kept(worker, "claims_bytes, public_metadata, weighed_by") == (
-        len(render(Policy().template, user(body), {})), None, Policy().fingerprint,
+        len(render(Policy().template, user(body), {})), public, Policy().fingerprint,
     )  # fmt: skip
 
 
@@ -245,5 +274,5 @@ def test_a_population_that_is_not_read_to_its_end_leaves_the_connection_usable(
     people = users.population(connection, Policy().fingerprint)
     assert not next(people).current
     people.close()
-    assert users.count(connection, Policy().fingerprint) == (20_000, 20_000)
+    assert users.count(connection, Policy().fingerprint) == (20_000, 20_000, 0)
     assert connection.execute("show statement_timeout").fetchone() != ("0",)

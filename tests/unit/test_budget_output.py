@@ -8,17 +8,18 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from worker.budget import Bar, Checked, Claims, Cookie, Field, Report
+from worker.budget import Bar, Checked, Claims, Cookie, Field, Kind, Report
 from worker.cli import main
-from worker.cli.charts import blocks, cut, percent, visible
+from worker.cli.charts import blocks, cut, percent
 from worker.cli.page import render
-from worker.cli.summary import draw_checked, draw_report, draw_suggestion
+from worker.cli.summary import draw_checked, draw_report, draw_suggestion, keeps_all
+from worker.jsontext import visible
 from worker.suggest import Moved, Suggestion
 
 HOSTILE: Final = "unsafe_metadata.\u202e[red]\x1b[31m<script>alert(1)</script>\u200b\n\ufe0f\u3164"
@@ -83,9 +84,36 @@ NOBODY: Final = Report(
 )
 
 
-def drawn(report: Report, width: int = 80) -> list[str]:
+SUGGESTED: Final = Suggestion(
+    template="{}",
+    config_patch="clerk",
+    users=9,
+    budget=1200,
+    over=0,
+    max=900,
+    base_bytes=2,
+    kept=(),
+    moved=(),
+    other_moved=0,
+    dropped=(),
+    asked_for=(),
+)
+
+
+def bio(kind: str = "public", name: str = "bio") -> Moved:
+    sql = f"select {kind}_metadata -> '{name}' from clerk.user_metadata where user_id = $1"  # noqa: S608 - shown
+    return Moved(name=f"{kind}_metadata.{name}", reason="does not fit", users=3, largest=1961, sql=sql)
+
+
+def drawn(report: Report, width: int = 80, missing: int = 0) -> list[str]:
     out = terminal(width)
-    draw_report(out, report)
+    draw_report(out, report, missing)
+    return printed(out)
+
+
+def suggested(never: tuple[Kind, ...] = (), **changes: Any) -> list[str]:
+    out = terminal()
+    draw_suggestion(out, replace(SUGGESTED, **changes), never)
     return printed(out)
 
 
@@ -152,12 +180,13 @@ def test_the_budget_is_marked_between_the_bars() -> None:
 def test_a_report_says_who_is_over_and_what_to_do() -> None:
     told = words(drawn(SAMPLE))
     for part in (
-        "12,345 users, 37 over the budget (0.3 %)",
+        "12,345 users synced so far, 37 over the budget (0.3 %)",
         "292 702 1,090 3,402 bytes of claims",
         f"user_{'2' * 27} 3,402 public_metadata.permissions",
         "≤ 1,310",
-        "public_metadata.permissions 9,120 2,210 41.2 %",
-        "public_metadata.biography 30 1,302 not carried",
+        "Metadata fields, largest total first",
+        "public_metadata.permissions 9,120 2,210 1,412,300 41.2 %",
+        "public_metadata.biography 30 1,302 40,000 not carried",
         "and 26 more",
         "clerk-sync budget suggest",
         "1,234 users were last weighed by another template",
@@ -168,6 +197,42 @@ def test_a_report_says_who_is_over_and_what_to_do() -> None:
         "Warning: line 3, column 22",
     ):
         assert part in told
+
+
+def test_users_weighed_by_other_settings_are_not_weighed_again_by_settings_that_no_worker_has() -> None:
+    told = words(drawn(replace(SAMPLE, template=None)))
+    assert "1,234 users were weighed by other settings than these: give SESSION_CLAIMS," in told
+    assert "reweigh" not in told
+
+
+def test_users_whose_metadata_only_clerk_has_are_told() -> None:
+    note = "Of 12 users, metadata that is to be copied is still with Clerk alone: it comes with their next event."
+    assert note in words(drawn(SAMPLE, missing=12))
+    assert note in " ".join(_Page(render(SAMPLE, 12)).text.split())
+    assert "Clerk alone" not in words(drawn(SAMPLE))
+
+
+def test_in_a_narrow_terminal_figures_stand_one_a_line_and_no_name_gives_way_to_totals() -> None:
+    lines = drawn(SAMPLE, 50)
+    assert [line.split() for line in lines[4:8]] == [
+        [name, size, "bytes", "of", "claims"]
+        for name, size in (("p50", "292"), ("p90", "702"), ("p99", "1,090"), ("max", "3,402"))
+    ]
+    assert max(Console().measure(line).maximum for line in lines if line) <= 50
+    assert "≤ 1,310" in words(lines)
+    assert "1,412,300" not in words(lines)
+    assert "public_metada" in words(lines)
+
+
+def test_other_fields_are_explained_once_where_they_are_named() -> None:
+    meant = "(other fields): beyond the 64 largest of a user, or with names over 64 bytes"
+    worst = tuple(Claims(f"user_{number}", 1300, True, "public_metadata (other fields)") for number in range(3))
+    assert words(drawn(replace(SAMPLE, worst=worst))).count(meant) == 1
+    assert _Page(render(replace(SAMPLE, worst=worst))).text.count(meant) == 1
+    out = terminal()
+    draw_checked(out, Checked(3, 1200, 3, 0, 1300, worst), ())
+    assert words(printed(out)).count(meant) == 1
+    assert meant not in words(drawn(SAMPLE))
 
 
 def test_only_bars_beyond_the_budget_are_red() -> None:
@@ -208,8 +273,9 @@ def test_what_can_be_read_stays() -> None:
 
 
 def test_hostile_names_never_reach_the_terminal_raw() -> None:
-    moved = Moved(HOSTILE, "can't be a dot path", "select 1")
-    suggestion = Suggestion("{}", "clerk", 1, 1200, 0, 9, 2, (SAMPLE.fields[1],), (moved,), 0, (HOSTILE,))
+    unwanted = Moved(name=HOSTILE, reason="not wanted", users=1, largest=9, sql=f"select '{HOSTILE}'")
+    moved = (replace(unwanted, reason="can't be a dot path"), unwanted)
+    suggestion = replace(SUGGESTED, kept=(SAMPLE.fields[1],), moved=moved, dropped=(HOSTILE,), asked_for=(HOSTILE,))
     out = terminal()
     draw_report(out, SAMPLE)
     draw_checked(out, Checked(2, 1200, 1, 1, 3402, SAMPLE.worst), ())
@@ -244,7 +310,7 @@ def test_a_template_that_does_not_fit_is_told_with_who_is_to_blame() -> None:
     out = terminal()
     draw_checked(out, Checked(12_345, 1200, 30, 7, 3402, SAMPLE.worst), ())
     told = words(printed(out))
-    assert "37 of 12,345 users would be over the budget of 1,200 bytes; the heaviest has 3,402." in told
+    assert "37 of 12,345 users synced so far would be over the budget of 1,200 bytes; the heaviest has 3,402." in told
     assert "7 of them are counted by an upper bound" in told
     assert "public_metadata.permissions" in told
 
@@ -253,35 +319,73 @@ def test_a_template_that_fits_is_told_in_a_sentence() -> None:
     out = terminal()
     draw_checked(out, Checked(12_345, 1200, 0, 0, 1100, SAMPLE.worst), ())
     assert words(printed(out)) == (
-        "All 12,345 users fit the budget of 1,200 bytes under this template; the heaviest has 1,100."
+        "All 12,345 users synced so far fit the budget of 1,200 bytes under this template; the heaviest has 1,100."
     )
 
 
 def test_a_suggestion_can_be_copied_as_it_is_printed() -> None:
     template = '{\n  "public_metadata": {\n    "r\u200b": "{{user.public_metadata.r\u200b}}"\n  }\n}'
     patch = "clerk config patch --json '" + '{"session":{"claims":{' + "x" * 200 + "}}}'"
-    moved = Moved("public_metadata.bio", "does not fit", "select public_metadata -> 'bio' from clerk.user_metadata")
-    out = terminal()
-    draw_suggestion(out, Suggestion(template, patch, 9, 1200, 0, 900, 2, SAMPLE.fields[:1], (moved,), 3, ("old",)))
-    lines = printed(out)
+    moved = bio()
+    lines = suggested(template=template, config_patch=patch, kept=SAMPLE.fields[:1], moved=(moved,), other_moved=3)
     end = lines.index("}")
     assert json.loads("".join(lines[lines.index("{") : end + 1])) == json.loads(template)
     assert patch in lines
     assert f"    {moved.sql}" in lines
     assert "Read from Postgres: 4 fields" in lines
+    assert lines.count("$1 is the user's id.") == 1
+    assert "and 3 more: see --json" in lines
 
 
 def test_a_field_that_no_user_has_is_told() -> None:
-    out = terminal()
     nobody_s = Field("public_metadata.rool", 0, 0, 0, True, 0.0)
-    draw_suggestion(out, Suggestion("{}", "clerk", 9, 1200, 0, 900, 2, (nobody_s,), (), 0, ()))
-    assert "no user has public_metadata.rool" in words(printed(out))
+    assert "no user has public_metadata.rool" in words(suggested(kept=(nobody_s,)))
+
+
+def test_what_was_asked_for_and_is_not_kept_is_told_first() -> None:
+    moved = (
+        bio(),
+        replace(bio(name="it's"), reason="can't be a dot path"),
+        replace(bio(name="rool"), users=0, largest=0),
+    )
+    asked_for = tuple(field.name for field in moved)
+    assert not keeps_all(replace(SUGGESTED, moved=moved, asked_for=asked_for))
+    told = words(suggested(moved=moved, asked_for=asked_for))
+    assert told.startswith(
+        "public_metadata.bio doesn't fit: its largest value has 1,961 bytes; --percentile lets some users be over. "
+        "public_metadata.it's isn't kept: can't be a dot path. "
+        "public_metadata.rool doesn't fit, and no user has it: is that its name? "
+        "All 9 users synced so far fit the budget of 1,200 bytes"
+    )
+
+
+def test_a_suggestion_with_all_that_was_asked_for_keeps_all() -> None:
+    kept = SAMPLE.fields[:1]
+    assert keeps_all(replace(SUGGESTED, kept=kept, asked_for=(kept[0].name,)))
+    assert keeps_all(replace(SUGGESTED, moved=(bio(),)))
+    assert not keeps_all(replace(SUGGESTED, template=None, config_patch=None))
+
+
+def test_of_fields_that_nobody_asked_for_one_stands_for_all() -> None:
+    unwanted = tuple(replace(bio(name=f"f{number}"), reason="not wanted") for number in range(40))
+    lines = suggested(kept=SAMPLE.fields[:1], moved=unwanted, other_moved=60, asked_for=(SAMPLE.fields[0].name,))
+    assert "100 fields not asked for with --keep, such as public_metadata.f0:" in lines
+    assert [line for line in lines if "select" in line] == [f"    {unwanted[0].sql}"]
+
+
+def test_fields_of_a_kind_that_is_never_copied_are_warned_about() -> None:
+    told = words(suggested(("unsafe_metadata",), moved=(bio("unsafe"),)))
+    assert "with COPY_UNSAFE=never, unsafe_metadata is always null in Postgres" in told
+    assert "Warning" not in words(suggested(("unsafe_metadata",), moved=(bio("public"),)))
+
+
+def test_without_users_nothing_is_suggested() -> None:
+    assert suggested(template=None, config_patch=None, users=0) == ["No users yet: nothing to suggest from."]
 
 
 def test_a_base_that_is_over_is_told_with_its_weight() -> None:
-    out = terminal()
-    draw_suggestion(out, Suggestion(None, None, 9, 100, 3, 140, 140, (), (), 0, ()))
-    assert "3 of 9 users are over the budget of 100 bytes" in words(printed(out))
+    told = words(suggested(template=None, config_patch=None, budget=100, over=3, max=140, base_bytes=140))
+    assert "3 of 9 users synced so far are over the budget of 100 bytes" in told
 
 
 # --- As a page
@@ -334,13 +438,15 @@ def test_hostile_names_are_text_on_the_page() -> None:
 # --- The commands
 
 
-def run(*arguments: str, text: str | None = None) -> Result:
+def run(*arguments: str, text: str | None = None, **settings: str | None) -> Result:
     """A command that can't reach a database: nobody listens on port 1."""
     env = {
         "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
         "DATABASE_URL_FILE": None,
         "SESSION_CLAIMS": None,
         "SESSION_CLAIMS_BUDGET": None,
+        "SESSION_CLAIMS_ASSUMED_BYTES": None,
+        **settings,
     }
     return CliRunner().invoke(main, ["budget", *arguments], input=text, env=env)
 
@@ -371,7 +477,7 @@ def test_every_error_of_a_template_is_told() -> None:
 def test_a_wrong_template_is_told_to_a_program_as_json() -> None:
     ran = run("check", "--json", '{"sub": 1}')
     assert ran.exit_code == 2
-    (error,) = json.loads(ran.stdout)["errors"]
+    (error,) = json.loads(ran.stdout)["findings"]
     assert (error["severity"], error["line"], error["column"]) == ("error", 1, 2)
 
 
@@ -383,7 +489,50 @@ def test_a_template_is_taken_from_a_file_and_from_standard_input(tmp_path: Path)
         assert "line 2, column 2" in ran.stderr
 
 
-@pytest.mark.parametrize("template", ["nothing-there.json", "@nothing-there.json", "[1, 2]", "x" * 5000])
+@pytest.mark.parametrize("template", ['[{"role": 1}]', ' "role"', "[", "{"])
+def test_what_begins_like_json_is_read_as_a_template(template: str) -> None:
+    ran = run("check", template)
+    assert ran.exit_code == 2
+    assert "line 1, column" in ran.stderr
+
+
+def test_an_empty_template_is_told_as_such() -> None:
+    for template in ("", " \n"):
+        ran = run("check", template)
+        assert ran.exit_code == 2
+        assert "TEMPLATE is empty" in ran.stderr
+
+
+def test_a_shortcode_whose_bytes_are_given_is_known() -> None:
+    template = '{"tier": "{{org.tier}}"}'
+    assert "line 1, column" in run("check", template).stderr
+    ran = run("check", template, SESSION_CLAIMS_ASSUMED_BYTES='{"org.tier": 30}')
+    assert ran.stderr.startswith("clerk-sync: Postgres doesn't answer")
+
+
+def test_a_wrong_template_is_told_where_no_database_is_named() -> None:
+    wrong, right = (run("check", template, DATABASE_URL=None) for template in ('{"sub": 1}', "{}"))
+    assert (wrong.exit_code, right.exit_code) == (2, 2)
+    assert "line 1, column 2" in wrong.stderr
+    assert "DATABASE_URL is missing" in right.stderr
+
+
+class _Interrupted(io.RawIOBase):
+    """Standard input at which somebody presses Ctrl-C."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, _: object) -> int:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_a_command_in_one_line() -> None:
+    ran = CliRunner().invoke(main, ["budget", "check", "-"], input=io.BufferedReader(_Interrupted()))
+    assert (ran.exit_code, ran.stdout, ran.stderr) == (130, "", "Stopped.\n")
+
+
+@pytest.mark.parametrize("template", ["nothing-there.json", "@nothing-there.json", "x" * 5000])
 def test_what_is_neither_json_nor_a_file_is_refused_with_both_possibilities(template: str) -> None:
     ran = run("check", template)
     assert ran.exit_code == 2
@@ -398,6 +547,9 @@ def test_what_is_neither_json_nor_a_file_is_refused_with_both_possibilities(temp
     [
         (("suggest", "--keep", "role"), "public_metadata.NAME"),
         (("suggest", "--keep", "public_metadata.a, private_metadata.b"), "private_metadata.b"),
+        (("suggest", "--keep", "public_metadata"), "public_metadata.NAME"),
+        (("suggest", "--keep", "public_metadata..role"), "public_metadata.NAME"),
+        (("suggest", "--keep", "user.public_metadata.profile.bio"), "be suggested: public_metadata.profile"),
         (("suggest", "--percentile", "0"), "--percentile"),
         (("suggest", "--percentile", "nan"), "--percentile"),
         (("suggest", "--percentile", "100.1"), "--percentile"),

@@ -710,3 +710,11 @@ def test_a_hostile_mebibyte_is_weighed_in_linear_time(name: str) -> None:
         low, high = measure(one, sizes, {})
         assert low <= len(render(one, of, {})) <= high
         assert sum(contributions(one, sizes, {}).values()) >= len(render(one, of, {}))
+
+
+def test_a_shortcode_that_is_declared_weighs_what_is_said() -> None:
+    template = parse_template('{"a": "{{user.has_image}}"}', {"user.has_image"})
+    of, declared = user({}, {}), {"user.has_image": 5}
+    assert len(render(template, of, declared)) == len('{"a":') + 5 + len("}")
+    assert measure(template, weigh_user(of), declared) == Range(11, 11)
+    assert contributions(template, weigh_user(of), declared)["user.has_image (assumed)"] == 5

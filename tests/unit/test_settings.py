@@ -120,8 +120,19 @@ def test_what_no_user_tells_is_weighed_by_an_assumption_that_can_be_set() -> Non
     assert Settings.from_env(given).policy.assumed == {"org.name": 60, "org.public_metadata.tier": 9}
 
 
+def test_a_shortcode_that_is_not_known_here_can_be_declared_with_its_bytes() -> None:
+    claims = COMPLETE | {"SESSION_CLAIMS": '{"image": "{{user.has_image}}"}'}
+    assert "user.has_image" in problems(claims)[0]
+    policy = Settings.from_env(claims | {"SESSION_CLAIMS_ASSUMED_BYTES": '{"user.has_image": 5}'}).policy
+    assert policy.template.shortcodes == (("user", "has_image"),)
+
+
 @pytest.mark.parametrize(
-    "given", ["60", "[]", "{", '{"org.nme": 1}', '{"user.first_name": 9}', '{"org.name": 1}', '{"org.name": "60"}']
+    "given",
+    [
+        *("60", "[]", "{", '{"org name": 9}', '{"user.private_metadata.x": 9}', '{"name": 9}'),
+        *('{"user.first_name": 9}', '{"org.name": 1}', '{"org.name": "60"}'),
+    ],
 )
 def test_an_assumption_that_makes_no_sense_is_refused(given: str) -> None:
     (found,) = problems(COMPLETE | {"SESSION_CLAIMS_ASSUMED_BYTES": given})

@@ -70,15 +70,14 @@ def greedily(
     return kept
 
 
-def smallest_first(of: Iterable[UserChanged]) -> list[str]:
-    largest: dict[str, int] = {}
+def common_first(of: Iterable[UserChanged]) -> list[str]:
+    sizes: dict[str, list[int]] = {}
     for one in of:
         weights = weigh_user(one)
         for kind, fields in ((PUBLIC, weights.public), (UNSAFE, weights.unsafe)):
             for name, size in fields.by_name.items():
-                title = f"{kind}.{name}"
-                largest[title] = max(size, largest.get(title, 0))
-    return sorted(largest, key=lambda title: (largest[title], title))
+                sizes.setdefault(f"{kind}.{name}", []).append(size)
+    return sorted(sizes, key=lambda title: (-len(sizes[title]), max(sizes[title]), title))
 
 
 @settings(max_examples=80, deadline=None)
@@ -100,10 +99,10 @@ def test_a_suggestion_carries_every_field_that_fits_in_order_and_is_over_for_no_
     found = suggest(population(of, policy), policy, keep, percentile)
     assert found.users == len(of)
     assert found.base_bytes == max((weight(built(base, []), one, policy) for one in of), default=0)
-    wanted = list(dict.fromkeys(keep)) or smallest_first(of)
-    everything = list(dict.fromkeys([*keep, *smallest_first(of)]))
+    wanted = list(dict.fromkeys(keep)) or common_first(of)
+    everything = list(dict.fromkeys([*keep, *common_first(of)]))
     assert sorted([*(field.name for field in found.kept), *(field.name for field in found.moved)]) == sorted(everything)
-    if over(built(base, []), sizes, policy) > allowed:
+    if not of or over(built(base, []), sizes, policy) > allowed:
         assert (found.template, found.config_patch, found.kept) == (None, None, ())
         assert found.over == over(built(base, []), sizes, policy)
         return
@@ -226,10 +225,10 @@ def test_a_percentile_is_of_a_hundred(percentile: float) -> None:
         suggest([], Policy(), [], percentile)
 
 
-def test_without_users_what_is_wanted_is_suggested() -> None:
+def test_without_users_there_is_nothing_to_suggest_from() -> None:
     found = suggest([], Policy(), ["unsafe_metadata.theme"], 99)
-    assert [field.name for field in found.kept] == ["unsafe_metadata.theme"]
-    assert suggest([], Policy(), [], 100).template == "{}"
+    assert (found.template, found.config_patch, found.kept, found.users) == (None, None, (), 0)
+    assert found.asked_for == ("unsafe_metadata.theme",)
 
 
 def test_a_base_over_the_budget_leaves_nothing_to_suggest() -> None:
@@ -250,7 +249,8 @@ def hostile(number: int) -> Weighed:
     names = {f"x{number}_{field}": 1 + (number + field) % 2000 for field in range(5)}
     total = 1 + sum(len(name) + 4 + size for name, size in names.items())
     kinds: dict[Kind, Fields] = {PUBLIC: Fields(len('{"a":1}'), {"a": 1}), UNSAFE: Fields(total, names)}
-    return Weighed(Weights(f"user_{number:06}", 1, None, kinds[PUBLIC], kinds[UNSAFE]), 46 + total, True, False, False)
+    weights = Weights(f"user_{number:06}", 1, None, kinds[PUBLIC], kinds[UNSAFE])
+    return Weighed(weights, 46 + total, current=True, exact=True, has_public=False, has_unsafe=False)
 
 
 def test_ten_thousand_names_that_one_user_each_has_take_seconds_at_most() -> None:
@@ -262,6 +262,42 @@ def test_ten_thousand_names_that_one_user_each_has_take_seconds_at_most() -> Non
     told = report(map(hostile, range(2000)), policy, unknown)
     assert (len(told.fields), told.other_fields) == (50, 9951)
     assert time.perf_counter() - begun < 10
+
+
+def test_what_everybody_has_comes_before_what_is_small() -> None:
+    often = [({"role": "administrator", "bio": "x" * 1500}, {f"seen_{n:02}": True for n in range(60)})] * 3
+    of, policy = users(*[({"role": "user"}, {})] * 100, *often), Policy()
+    found = suggest(population(of, policy), policy, [], 100)
+    assert found.kept[0].name == "public_metadata.role"
+
+
+def test_a_whole_kind_is_replaced_under_the_name_it_has() -> None:
+    policy = Policy(template=parse_template('{"metadata": "{{user.public_metadata}}", "id": "{{user.id}}"}'))
+    found = suggest(population(users(({"role": "admin"}, {})), policy), policy, [], 100)
+    assert json.loads(found.template or "") == {
+        "metadata": {"role": "{{user.public_metadata.role}}"},
+        "id": "{{user.id}}",
+    }
+    assert found.dropped == ()
+
+
+@pytest.mark.parametrize(
+    ("present", "names", "dropped"),
+    [
+        ('{"public_metadata": "{{user.unsafe_metadata}}"}', ("public", "public_metadata"), ()),
+        ('{"a": "{{user.public_metadata}}", "b": "{{user.public_metadata}}"}', ("a", "unsafe_metadata"), ("b",)),
+        ('{"": "{{user.public_metadata}}"}', ("", "unsafe_metadata"), ()),
+        ('{"a": {"b": "{{user.public_metadata}}"}}', ("public_metadata", "unsafe_metadata"), ("a",)),
+    ],
+)
+def test_each_kind_has_a_name_of_its_own(present: str, names: tuple[str, str], dropped: tuple[str, ...]) -> None:
+    policy = Policy(template=parse_template(present))
+    found = suggest(population(users(({"role": "admin"}, {"theme": "dark"})), policy), policy, [], 100)
+    assert json.loads(found.template or "") == {
+        names[0]: {"role": "{{user.public_metadata.role}}"},
+        names[1]: {"theme": "{{user.unsafe_metadata.theme}}"},
+    }
+    assert found.dropped == dropped
 
 
 def test_what_few_users_have_is_not_wanted_unasked() -> None:

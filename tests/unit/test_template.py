@@ -585,7 +585,8 @@ def test_every_documented_shortcode_is_no_error(written: str) -> None:
         ("user.id", None),
         ("user.public_metadata.tier", None),
         ("org.id.x", None),
-        ("org.nope", None),
+        ("org.nope", 9),  # declared
+        ("org.other", None),
         ("org", None),
         ("", None),
     ],
@@ -776,3 +777,10 @@ def test_a_finding_points_at_what_it_is_about_whatever_stands_before(content: st
     encoded = json.dumps({key: [content + "{{nope}}"]}, ensure_ascii=ascii_only, indent=1)
     [finding] = [finding for finding in lint(encoded)[1] if finding.severity == "error"]
     assert pointed_at(encoded, finding) == '{{nope}}"'
+
+
+def test_a_shortcode_that_is_declared_is_known() -> None:
+    source = '{"a": "{{user.has_image}}", "b": "{{user.has_imag}}"}'
+    _, findings = lint(source, {"user.has_image": 5})
+    assert [(finding.line, finding.column) for finding in findings] == [(1, 35)]
+    assert parse_template('{"a": "{{user.has_image}}"}', ["user.has_image"]).shortcodes == (("user", "has_image"),)

@@ -1,6 +1,6 @@
 """The command line, `clerk-sync`: one file a command group, loaded only when it is asked for.
 
-Exit codes: 0 done; 1 the thing asked about doesn't hold, or a part failed; 2 wrong usage or configuration.
+Exit codes: 0 done; 1 the thing asked about doesn't hold, or a part failed; 2 wrong usage or configuration; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "send": ("worker.cli.send", "Sign an event as Svix does and post it."),
     "status": ("worker.cli.status", "Show whether everything works and the data is fresh."),
     "budget": ("worker.cli.budget", "See what the session token carries; find a template that fits."),
+    "erase": ("worker.cli.erase", "Erase one user, as the user.deleted event would."),
     "events": ("worker.cli.events", "Look at the inbox; retry what was set aside."),
 }
 
@@ -50,6 +51,10 @@ class _Lazy(click.Group):
         except SyncError as error:
             click.echo(f"clerk-sync: {error}", err=True)
             sys.exit(1)
+        except KeyboardInterrupt:
+            # A terminal has just shown ^C.
+            click.echo("\nStopped." if sys.stderr.isatty() else "Stopped.", err=True)
+            sys.exit(130)
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -14,27 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from worker.budget import Bar, Claims
+from worker.jsontext import visible
 
 NAME_CELLS: Final = 40
 """Names are cut here in tables; never in JSON or on the page."""
 
 WIDEST: Final = 100
 """Wider terminals get no wider pictures: the eye loses the row."""
-
-# Printable by Unicode's book, and yet nothing is seen: fillers, joiners, vowels without a sign, variation selectors.
-_UNSEEN: Final = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | {
-    chr(code) for low, high in ((0xFE00, 0xFE0F), (0xE0100, 0xE01EF)) for code in range(low, high + 1)
-}
-
-
-def visible(text: str) -> str:
-    r"""The text with every character that controls, reorders or hides escaped as in JSON, like `\u202e`.
-
-    Field names of unsafe metadata are chosen by users' browsers. JSON text stays the same JSON.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(char if char.isprintable() and char not in _UNSEEN else json.dumps(char)[1:-1] for char in text)
 
 
 def cut(text: str, cells: int = NAME_CELLS) -> str:
@@ -121,18 +106,18 @@ def blocks(share: float, width: int, *, plain: bool = False) -> str:
 
 
 def worst(users: Iterable[Claims], budget: int, width: int, *, plain: bool = False) -> Table:
-    """The heaviest users with the field to blame; no wider than `width`, from 72 on."""
+    """The heaviest users with the field to blame; no wider than `width`, from 50 on."""
     bound = "<=" if plain else "≤"
-    rows = [
-        (cut(user.user_id), f"{'' if user.exact else bound} {user.bytes:,}".strip(), user.bytes > budget, user.blame)
-        for user in users
-    ]
-    taken = max(cell_len(row[0]) for row in rows) + max(5, *(len(row[1]) for row in rows)) + 4 if rows else 0
+    rows = [(user, f"{'' if user.exact else bound} {user.bytes:,}".strip()) for user in users]
+    # Two spaces before the figures and the names, and at least 16 cells for these.
+    room = width - max([len("bytes"), *(len(figure) for _, figure in rows)]) - 4
+    ids = [cut(user.user_id, min(NAME_CELLS, max(12, room - 16))) for user, _ in rows]
+    room -= max(map(cell_len, ids), default=0)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("user", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("mostly", no_wrap=True)
-    for user_id, figure, over, blame in rows:
-        shown = cut(blame or "", min(NAME_CELLS, max(16, width - taken)))
-        table.add_row(Text(user_id), Text(figure, "red" if over else ""), Text(shown))
+    for user_id, (user, figure) in zip(ids, rows, strict=True):
+        blame = cut(user.blame or "", min(NAME_CELLS, max(16, room)))
+        table.add_row(Text(user_id), Text(figure, "red" if user.bytes > budget else ""), Text(blame))
     return table

@@ -32,7 +32,7 @@ def events() -> None:
 @json_option
 def list_events(*, state: str | None, user_id: str | None, limit: int, info: Path | None, as_json: bool) -> None:
     """List the latest events, newest first."""
-    with connect(settings(info, "database_url").database_url) as connection:
+    with connect(settings(info, "database_url", claims=False).database_url) as connection:
         found = inbox.listed(connection, state=state, user_id=user_id, most=limit)
     if as_json:
         click.echo(to_json([dataclasses.asdict(event) for event in found]))
@@ -66,7 +66,7 @@ def list_events(*, state: str | None, user_id: str | None, limit: int, info: Pat
 @json_option
 def show_event(*, svix_id: str, info: Path | None, as_json: bool) -> None:
     """Show one event: its state, why it was set aside, and how large its body is."""
-    with connect(settings(info, "database_url").database_url) as connection:
+    with connect(settings(info, "database_url", claims=False).database_url) as connection:
         event = inbox.show(connection, svix_id)
     if event is None:
         click.echo(f"There is no event {svix_id}.", err=True)
@@ -94,7 +94,7 @@ def retry_events(*, svix_ids: tuple[str, ...], dead: bool, info: Path | None, as
     """
     if bool(svix_ids) == dead:
         raise ConfigError("say which: clerk-sync events retry ID..., or --dead for all that were set aside")
-    with connect(settings(info, "database_url").database_url) as connection:
+    with connect(settings(info, "database_url", claims=False).database_url) as connection:
         retried = inbox.retry(connection, None if dead else svix_ids)
     missing = sorted(set(svix_ids) - set(retried))
     if as_json:

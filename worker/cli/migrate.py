@@ -33,7 +33,7 @@ def migrate(info: Path | None, sql: bool) -> None:
     if sql:
         schema.print_sql(sys.stdout)
         return
-    url = settings(info, "database_url").database_url
+    url = settings(info, "database_url", claims=False).database_url
     try:
         before, after = schema.migrate(url)
     except DBAPIError as error:

@@ -48,8 +48,11 @@ def read_info(path: Path | None) -> dict[str, Any]:
     return info
 
 
-def settings(info: Path | None, *need: Need) -> Settings:
-    """The settings from the environment, with what an --info file says in their place. Raises ConfigError."""
+def settings(info: Path | None, *need: Need, claims: bool = True) -> Settings:
+    """The settings from the environment, with what an --info file says in their place. Raises ConfigError.
+
+    Without `claims`, a claims template that is wrong doesn't matter.
+    """
     found = read_info(info)
     env: Mapping[str, str] = os.environ
     if found:
@@ -60,7 +63,7 @@ def settings(info: Path | None, *need: Need) -> Settings:
         }
         env = {k: v for k, v in os.environ.items() if k.removesuffix("_FILE") not in names}
         env |= {name: str(found.get(key) or "") for name, key in names.items()}
-    return Settings.from_env(env, need=need)
+    return Settings.from_env(env, need=need, claims=claims)
 
 
 def connect(database_url: str) -> db.Connection:

@@ -11,15 +11,20 @@ from typing import Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from worker.budget import Bar, Cookie, Report
-from worker.cli.charts import label, percent, plural, visible
-from worker.cli.summary import assumed_setting, notes
+from worker.cli.charts import label, percent, plural
+from worker.cli.summary import assumed_setting, notes, others
+from worker.jsontext import visible
 
 PICTURE_HEIGHT: Final = 170
 """Pixels of the tallest column of the histogram."""
 
 
-def render(report: Report, made: datetime | None = None) -> str:
-    """The page; it names fields and user ids, and no values. `made` is now where it isn't given."""
+def render(report: Report, missing: int = 0, *, made: datetime | None = None) -> str:
+    """The page; it names fields and user ids, and no values.
+
+    `missing` is how many users have metadata that is to be copied and only Clerk has; `made` is now where it isn't
+    given.
+    """
     made = made or datetime.now(tz=UTC)
     pages = Environment(
         loader=PackageLoader("worker.cli", "pages"),
@@ -34,7 +39,8 @@ def render(report: Report, made: datetime | None = None) -> str:
         made=f"{made.day} {made:%B %Y, %H:%M %Z}".strip(),
         made_iso=made.isoformat(timespec="seconds"),
         version=version("clerk-sync"),
-        notes=notes(report),
+        notes=notes(report, missing),
+        others=others(report.worst),
         columns=_columns(report.histogram, report.budget),
         budget_at=_budget_at(report.histogram, report.budget),
         cookies=_cookies(report.cookie),

@@ -63,12 +63,12 @@ def send(file: IO[bytes], url: str | None, secret: str | None, svix_id: str | No
     except UnicodeDecodeError:
         raise ConfigError(f"{file.name} is not UTF-8 text: Svix sends no other") from None
     if secret is None:
-        secret = settings(info, "signing_secrets").signing_secrets[0]
+        secret = settings(info, "signing_secrets", claims=False).signing_secrets[0]
     problem = signing_secret_problem(secret)
     if problem:
         raise ConfigError(f"--secret: {problem}")
     if url is None:
-        url = str(read_info(info).get("url") or f"http://127.0.0.1:{settings(info).port}/webhooks/clerk")
+        url = str(read_info(info).get("url") or f"http://127.0.0.1:{settings(info, claims=False).port}/webhooks/clerk")
     svix_id = svix_id or f"msg_{secrets.token_hex(14)}"
     response = post(url, secret, svix_id, body)
     click.echo(f"{response.status_code} {response.text.strip()} svix-id={svix_id}")

@@ -35,9 +35,10 @@ def status(*, info: Path | None, as_json: bool) -> None:
     """Show whether everything works and the data is fresh.
 
     Checks the configuration, Postgres with its schema, and the broker, and counts the inbox and the users. Exits 1
-    where a check fails. Events that were set aside are shown but fail nothing: see clerk-sync events list.
+    where a check fails. Events that were set aside are shown but fail nothing: see clerk-sync events list. Missing
+    are users with metadata that is to be copied and comes only with their next event.
     """
-    found = settings(info, "database_url")
+    found = settings(info, "database_url", claims=False)
     checks, counts = _look(found, info)
     ok = not any(check.problem for check in checks)
     if as_json:
@@ -79,7 +80,7 @@ def _print(checks: list[Check], counts: dict[str, Any] | None) -> None:
     if counts is None:
         return
     numbers = Table(box=None, pad_edge=False)
-    for name in ("pending", "oldest pending", "dead", "done", "users", "over budget", "tombstones"):
+    for name in ("pending", "oldest pending", "dead", "done", "users", "over budget", "missing", "tombstones"):
         numbers.add_column(name, justify="right")
     numbers.add_row(
         str(counts["pending"]),
@@ -88,6 +89,7 @@ def _print(checks: list[Check], counts: dict[str, Any] | None) -> None:
         str(counts["done"]),
         str(counts["users"]),
         f"[yellow]{counts['users_over_budget']}[/]" if counts["users_over_budget"] else "0",
+        f"[yellow]{counts['users_content_missing']}[/]" if counts["users_content_missing"] else "0",
         str(counts["tombstones"]),
     )
     console.print()

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from worker.budget import Checked, Cookie, Field, Report
-from worker.cli.charts import NAME_CELLS, WIDEST, ascii_only, blocks, cut, histogram, percent, plural, visible, worst
-from worker.suggest import Suggestion
+from worker.budget import KINDS, Checked, Claims, Cookie, Field, Kind, Report
+from worker.claims import FIELDS_KEPT, NAME_BYTES
+from worker.cli.charts import NAME_CELLS, WIDEST, ascii_only, blocks, cut, histogram, percent, plural, worst
+from worker.jsontext import visible
+from worker.suggest import Moved, Suggestion
 from worker.template import Finding
 
 LISTED: Final = 15
 """How many fields are shown; JSON and the page have all."""
+
+NARROW: Final = 60
+"""Below so many columns figures stand one a line."""
+
+NAMES_LEAST: Final = 24
+"""Where names would have fewer cells, a table of fields goes without the totals."""
 
 
 class Note(NamedTuple):
@@ -26,8 +36,8 @@ class Note(NamedTuple):
     command: str | None = None
 
 
-def notes(report: Report) -> list[Note]:
-    """What follows from a report, the gravest first."""
+def notes(report: Report, missing: int) -> list[Note]:
+    """What follows from a report, the gravest first. Of `missing` users, metadata to be copied is with Clerk alone."""
     found = []
     if report.over:
         found.append(
@@ -44,11 +54,12 @@ def notes(report: Report) -> list[Note]:
             )
         )
     if report.stale:
+        found.append(_stale(report))
+    if missing:
         found.append(
             Note(
-                f"{plural(report.stale, 'user')} {_was(report.stale)} last weighed by another template, budget or "
-                "COPY_ setting; the figures here are measured anew. To weigh and decide again what is copied:",
-                "clerk-sync budget reweigh",
+                f"Of {plural(missing, 'user')}, metadata that is to be copied is still with Clerk alone: it comes with "
+                "their next event."
             )
         )
     if report.inexact:
@@ -59,6 +70,28 @@ def notes(report: Report) -> list[Note]:
             )
         )
     return found
+
+
+def _stale(report: Report) -> Note:
+    told = f"{plural(report.stale, 'user')} {_was(report.stale)}"
+    if report.template is None:
+        # Whoever reweighed now would most likely do it by settings that no worker has.
+        return Note(
+            f"{told} weighed by other settings than these: give SESSION_CLAIMS, SESSION_CLAIMS_BUDGET and COPY_ what "
+            "the workers have."
+        )
+    return Note(
+        f"{told} last weighed by another template, budget or COPY_ setting; the figures here are measured anew. To "
+        "weigh and decide again what is copied:",
+        "clerk-sync budget reweigh",
+    )
+
+
+def others(users: Iterable[Claims]) -> str | None:
+    """What `(other fields)` means, where one of these users is told to have most of it."""
+    if not {user.blame for user in users} & {f"{kind} (other fields)" for kind in KINDS}:
+        return None
+    return f"(other fields): beyond the {FIELDS_KEPT} largest of a user, or with names over {NAME_BYTES} bytes"
 
 
 def _is(number: int) -> str:
@@ -75,8 +108,8 @@ def assumed_setting(report: Report) -> str:
     return f"SESSION_CLAIMS_ASSUMED_BYTES={shlex.quote(json.dumps({name: size}))}"
 
 
-def draw_report(out: Console, report: Report) -> None:
-    """Print a report."""
+def draw_report(out: Console, report: Report, missing: int = 0) -> None:
+    """Print a report; `missing` is as in `notes`."""
     out.print(Text.assemble(("Session-token budget", "bold"), f": {report.budget:,} bytes of custom claims"))
     if report.users:
         _summary(out, report)
@@ -84,13 +117,13 @@ def draw_report(out: Console, report: Report) -> None:
         for line in histogram(report.histogram, report.budget, min(out.width, WIDEST), plain=ascii_only(out)):
             out.print(line, no_wrap=True)
         _heading(out, "The heaviest users")
-        out.print(worst(report.worst, report.budget, out.width, plain=ascii_only(out)))
+        _worst(out, report.worst, report.budget)
         _fields(out, report)
         _cookie(out, report.cookie)
     else:
         out.print("No users yet: nothing to weigh.")
     _assumed(out, report)
-    found = notes(report)
+    found = notes(report, missing)
     if found or report.warnings:
         _heading(out, "Notes")
     for note in found:
@@ -120,33 +153,58 @@ def _summary(out: Console, report: Report) -> None:
     over = Text("none over the budget", "green")
     if report.over:
         over = Text(f"{report.over:,} over the budget ({percent(report.over, report.users)})", "red")
-    out.print(Text.assemble(plural(report.users, "user"), ", ", over))
+    out.print(Text.assemble(plural(report.users, "user"), " synced so far, ", over))
     out.print()
-    table = Table(box=None, pad_edge=False, padding=(0, 4, 0, 0))
-    for name in ("p50", "p90", "p99", "max"):
-        table.add_column(name, justify="right", header_style="dim", no_wrap=True)
-    figures = (report.p50, report.p90, report.p99, report.max)
-    table.add_column(no_wrap=True)
-    cells = [Text(f"{size:,}", "red" if size > report.budget else "") for size in figures]
-    table.add_row(*cells, Text("bytes of claims", "dim"))
+    figures = {"p50": report.p50, "p90": report.p90, "p99": report.p99, "max": report.max}
+    cells = [Text(f"{size:,}", "red" if size > report.budget else "", justify="right") for size in figures.values()]
+    if out.width < NARROW:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for name, cell in zip(figures, cells, strict=True):
+            table.add_row(Text(name, "dim"), cell, Text("bytes of claims", "dim"))
+    else:
+        table = Table(box=None, pad_edge=False, padding=(0, 4, 0, 0))
+        for name in figures:
+            table.add_column(name, justify="right", header_style="dim", no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_row(*cells, Text("bytes of claims", "dim"))
     out.print(table)
+
+
+def _worst(out: Console, users: tuple[Claims, ...], budget: int) -> None:
+    out.print(worst(users, budget, out.width, plain=ascii_only(out)))
+    if told := others(users):
+        out.print(Text(told, "dim"))
 
 
 def _fields(out: Console, report: Report) -> None:
     if not report.fields:
         return
-    _heading(out, "Metadata fields, the largest in all first")
+    _heading(out, "Metadata fields, largest total first")
+    listed = report.fields[:LISTED]
+    columns = {
+        "users": [Text(f"{field.users:,}") for field in listed],
+        "largest": [Text(f"{field.largest:,}") for field in listed],
+        "total": [Text(f"{field.total:,}") for field in listed],
+        "of all claims": [_share(field) for field in listed],
+    }
+    if _room(out, columns) < NAMES_LEAST:
+        del columns["total"]
+    room = max(12, min(NAME_CELLS, _room(out, columns)))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("field", no_wrap=True)
-    for name in ("users", "largest", "of all claims"):
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    room = max(12, min(NAME_CELLS, out.width - 40))
-    for field in report.fields[:LISTED]:
-        table.add_row(Text(cut(field.name, room)), f"{field.users:,}", f"{field.largest:,}", _share(field))
+    for field, *cells in zip(listed, *columns.values(), strict=True):
+        table.add_row(Text(cut(field.name, room)), *cells)
     out.print(table)
     more = len(report.fields) - LISTED + report.other_fields
     if more > 0:
         out.print(Text(f"and {more:,} more: see --json or --html", "dim"))
+
+
+def _room(out: Console, columns: dict[str, list[Text]]) -> int:
+    """The cells that such columns leave for names."""
+    return out.width - sum(2 + max(map(cell_len, (name, *map(str, cells)))) for name, cells in columns.items())
 
 
 def _share(field: Field) -> Text:
@@ -195,20 +253,24 @@ def draw_checked(out: Console, checked: Checked, warnings: tuple[Finding, ...]) 
     if not checked.users:
         out.print(f"The template is well-formed. No users yet: nothing to weigh against {budget}.")
     elif checked.fits:
-        out.print(f"All {users} fit {budget} under this template; the heaviest has {checked.max:,}.")
+        out.print(f"{_all_fit(checked.users)} {budget} under this template; the heaviest has {checked.max:,}.")
     else:
         _over(out, checked, users, budget)
         _heading(out, "The heaviest users under this template")
-        out.print(worst(checked.worst, checked.budget, out.width, plain=ascii_only(out)))
+        _worst(out, checked.worst, checked.budget)
     if warnings:
         out.print()
     for warning in warnings:
         _warning(out, str(warning))
 
 
+def _all_fit(users: int) -> str:
+    return "The one user synced so far fits" if users == 1 else f"All {users:,} users synced so far fit"
+
+
 def _over(out: Console, checked: Checked, users: str, budget: str) -> None:
     over = checked.over + checked.over_bounds
-    told = f"{over:,} of {users} would be over {budget}; the heaviest has {checked.max:,}."
+    told = f"{over:,} of {users} synced so far would be over {budget}; the heaviest has {checked.max:,}."
     out.print(Text(told, "red"))
     if checked.over_bounds:
         out.print(
@@ -228,9 +290,13 @@ def findings(out: Console, found: tuple[Finding, ...]) -> None:
         out.print(Text(f"  {visible(f'{mark}{finding}')}"), soft_wrap=True)
 
 
-def draw_suggestion(out: Console, suggestion: Suggestion) -> None:
-    """Print a suggested template, what it keeps, and how to read the rest."""
-    users = plural(suggestion.users, "user")
+def draw_suggestion(out: Console, suggestion: Suggestion, never: Collection[Kind] = ()) -> None:
+    """Print a suggested template, what it keeps, and how to read the rest; `never` are the kinds that no setting
+    copies."""
+    if not suggestion.users:
+        out.print("No users yet: nothing to suggest from.")
+        return
+    users = f"{plural(suggestion.users, 'user')} synced so far"
     if suggestion.template is None or suggestion.config_patch is None:
         told = (
             f"No template fits: {suggestion.over:,} of {users} {_is(suggestion.over)} over the budget of "
@@ -239,7 +305,8 @@ def draw_suggestion(out: Console, suggestion: Suggestion) -> None:
         )
         out.print(Text(told, "red"))
         return
-    fit = f"All {users} fit" if not suggestion.over else f"All but {suggestion.over:,} of {users} fit"
+    _refused(out, suggestion)
+    fit = f"All but {suggestion.over:,} of {users} fit" if suggestion.over else _all_fit(suggestion.users)
     out.print(
         f"{fit} the budget of {suggestion.budget:,} bytes under this template; the heaviest has {suggestion.max:,}."
     )
@@ -249,7 +316,34 @@ def draw_suggestion(out: Console, suggestion: Suggestion) -> None:
     _heading(out, "To set it in Clerk; give SESSION_CLAIMS the same")
     out.print(Text(visible(suggestion.config_patch)), soft_wrap=True)
     _kept(out, suggestion)
-    _moved(out, suggestion)
+    _moved(out, suggestion, never)
+
+
+def keeps_all(suggestion: Suggestion) -> bool:
+    """Whether there is a template, with every field that was asked for."""
+    return suggestion.template is not None and {field.name for field in suggestion.kept}.issuperset(
+        suggestion.asked_for
+    )
+
+
+def _refused(out: Console, suggestion: Suggestion) -> None:
+    """What was asked for and isn't in the template: nobody should have to look for it."""
+    if keeps_all(suggestion):
+        return
+    asked_for = set(suggestion.asked_for)
+    refused = [field for field in suggestion.moved if field.name in asked_for]
+    for field in refused[:LISTED]:
+        out.print(Text(f"{cut(field.name)} {_refusal(field)}", "red"))
+    _more(out, len(refused) - LISTED)
+    out.print()
+
+
+def _refusal(field: Moved) -> str:
+    if field.reason != "does not fit":
+        return f"isn't kept: {field.reason}."
+    if not field.users:
+        return "doesn't fit, and no user has it: is that its name?"
+    return f"doesn't fit: its largest value has {field.largest:,} bytes; --percentile lets some users be over."
 
 
 def _kept(out: Console, suggestion: Suggestion) -> None:
@@ -269,18 +363,45 @@ def _kept(out: Console, suggestion: Suggestion) -> None:
             _warning(out, f"no user has {cut(field.name)}: is that its name?")
 
 
-def _moved(out: Console, suggestion: Suggestion) -> None:
-    moved = len(suggestion.moved) + suggestion.other_moved
-    if moved:
-        _heading(out, f"Read from Postgres: {plural(moved, 'field')}")
-    for field in suggestion.moved[:LISTED]:
+def _moved(out: Console, suggestion: Suggestion, never: Collection[Kind]) -> None:
+    total = len(suggestion.moved) + suggestion.other_moved
+    if total:
+        _heading(out, f"Read from Postgres: {plural(total, 'field')}")
+        out.print(Text("$1 is the user's id.", "dim"))
+    alike = [field for field in suggestion.moved if field.reason == "not wanted"]
+    told = [field for field in suggestion.moved if field.reason != "not wanted"]
+    # With a choice of fields, those that were asked for are listed first: the rest were not.
+    unlisted = 0 if suggestion.asked_for else suggestion.other_moved
+    for field in told[:LISTED]:
         out.print(Text.assemble(cut(field.name), (f"  {field.reason}", "dim")), soft_wrap=True)
-        out.print(Text(f"    {visible(field.sql)}"), soft_wrap=True)
-    _more(out, moved - LISTED)
+        _query(out, field)
+    _more(out, len(told[LISTED:]) + unlisted)
+    if alike:
+        number = total - len(told) - unlisted
+        out.print(Text(f"{plural(number, 'field')} not asked for with --keep, such as {cut(alike[0].name)}:"))
+        _query(out, alike[0])
+    _never_copied(out, suggestion, never)
     if suggestion.dropped:
         _heading(out, "Claims of the present template that it replaces")
         for name in suggestion.dropped:
             _item(out, Text(cut(name)))
+
+
+def _query(out: Console, field: Moved) -> None:
+    # Escaped as JSON is, SQL would ask for another field.
+    shown = field.sql if visible(field.sql) == field.sql else "see --json"
+    out.print(Text(f"    {shown}"), soft_wrap=True)
+
+
+def _never_copied(out: Console, suggestion: Suggestion, never: Collection[Kind]) -> None:
+    for kind in never:
+        if any(field.name.startswith(f"{kind}.") for field in suggestion.moved):
+            setting = f"COPY_{kind.removesuffix('_metadata').upper()}"
+            _warning(
+                out,
+                f"with {setting}=never, {kind} is always null in Postgres, whatever is asked of it. For the fields "
+                f"above, {setting} must be oversize or always.",
+            )
 
 
 def _more(out: Console, number: int) -> None:
