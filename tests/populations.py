@@ -35,7 +35,7 @@ def population(of: Iterable[UserChanged], policy: Policy, *, current: bool = Tru
     """Streamed, as it comes from the database. Where it isn't current, the weight that is kept is wrong."""
     for one in of:
         kept = weight(policy.template, one, policy) if current else 999_999
-        yield Weighed(weigh_user(one), kept, current, exact=True, has_public=False, has_unsafe=False)
+        yield Weighed(weigh_user(one), kept, current, exact=True)
 
 
 def unknown(_: Weights) -> int | None:

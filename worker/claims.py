@@ -51,11 +51,6 @@ class Fields(NamedTuple):
         named = sum(map(key_bytes, names)) + sum(sizes) + len(":,") * len(names)
         return self.total - len(EMPTY) - max(named - 1, 0)
 
-    @property
-    def complete(self) -> bool:
-        """Whether every field is kept by name."""
-        return self.unexplained == 0
-
 
 class Weights(NamedTuple):
     """Sizes of everything of one user that a template can carry, and no values.
@@ -73,16 +68,13 @@ class Weights(NamedTuple):
 class Weighed(NamedTuple):
     """One live user with the weights that the database keeps.
 
-    `current` says whether `claims_bytes` is by the policy asked about, `exact` that it isn't an upper bound;
-    `has_public` and `has_unsafe`, whether the JSON of that kind is kept.
+    `current` says whether `claims_bytes` is by the policy asked about, `exact` that it isn't an upper bound.
     """
 
     weights: Weights
     claims_bytes: int
     current: bool
     exact: bool
-    has_public: bool
-    has_unsafe: bool
 
 
 # --- Sizes of one user.

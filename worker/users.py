@@ -397,8 +397,7 @@ copy (
   select
     user_id, version, profile_bytes, public_bytes, unsafe_bytes,
     public_fields::text, unsafe_fields::text,
-    claims_bytes, weighed_by is not distinct from %(fingerprint)s, claims_exact,
-    public_copied, unsafe_copied
+    claims_bytes, weighed_by is not distinct from %(fingerprint)s, claims_exact
   from clerk.users
   where deleted_at is null
 ) to stdout
@@ -406,7 +405,7 @@ copy (
 
 POPULATION_TYPES: Final = (
     *("text", "int8", "int4[]", "int4", "int4", "text", "text"),
-    *("int4", "bool", "bool", "bool", "bool"),
+    *("int4", "bool", "bool"),
 )
 
 NO_LIMIT = "set local statement_timeout = 0"  # of one statement that lasts as long as its reader takes
@@ -419,8 +418,8 @@ def population(connection: Connection, fingerprint: int) -> Generator[Weighed, N
         cursor.execute(NO_LIMIT)
         with cursor.copy(POPULATION, {"fingerprint": fingerprint}) as copy:
             copy.set_types(POPULATION_TYPES)
-            for *sizes, claims_bytes, current, exact, has_public, has_unsafe in copy.rows():
-                yield Weighed(_weights(sizes), claims_bytes, current, exact, has_public, has_unsafe)
+            for *sizes, claims_bytes, current, exact in copy.rows():
+                yield Weighed(_weights(sizes), claims_bytes, current, exact)
 
 
 def _weights(row: Sequence[Any]) -> Weights:

@@ -234,9 +234,8 @@ def test_the_population_is_every_live_user(connect: Callable[[], Connection]) ->
     found = {weighed.weights.user_id: weighed for weighed in users.population(connection, Policy().fingerprint)}
     assert sorted(found) == ["user_a", "user_b"]
     assert found["user_a"].current
-    assert (found["user_a"].has_public, found["user_b"].has_public) == (True, False)
     assert found["user_a"].weights.public.by_name == {"bio": 1502, "role": 7}
-    assert found["user_a"].weights.public.complete
+    assert found["user_a"].weights.public.unexplained == 0
     other = {weighed.weights.user_id: weighed for weighed in users.population(connection, ROLE_ONLY.fingerprint)}
     assert not other["user_a"].current
 

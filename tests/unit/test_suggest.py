@@ -250,7 +250,7 @@ def hostile(number: int) -> Weighed:
     total = 1 + sum(len(name) + 4 + size for name, size in names.items())
     kinds: dict[Kind, Fields] = {PUBLIC: Fields(len('{"a":1}'), {"a": 1}), UNSAFE: Fields(total, names)}
     weights = Weights(f"user_{number:06}", 1, None, kinds[PUBLIC], kinds[UNSAFE])
-    return Weighed(weights, 46 + total, current=True, exact=True, has_public=False, has_unsafe=False)
+    return Weighed(weights, 46 + total, current=True, exact=True)
 
 
 def test_ten_thousand_names_that_one_user_each_has_take_seconds_at_most() -> None:
