@@ -297,7 +297,7 @@ def test_a_connection_that_died_while_idle_costs_nobody_a_503(
     assert receiver.post(changed("user_0")).status_code == 202
     # Many times: now the server has hung up before the next event comes, now it is still about to.
     for number in range(1, 51):
-        assert operator.execute(kill).fetchone() in [(1,), (2,)]
+        assert operator.execute(kill).fetchone() != (0,)
         assert receiver.post(changed(f"user_{number}")).status_code == 202
 
 
