@@ -192,6 +192,22 @@ def test_the_same_user_again_brings_what_is_missing(db: Connection, pulled: bool
     )  # fmt: skip
 
 
+def test_a_run_that_is_cut_short_leaves_the_rest_to_the_next_one(
+    db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver(db, *(changed(f"user_{number}") for number in range(5)))
+    monkeypatch.setattr(users, "REWEIGH_BATCH", 2)
+
+    def cut_short(_: users.Reweighed) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        users.reweigh_all(db, ROLE_ONLY, cut_short)
+    assert users.count(db, ROLE_ONLY.fingerprint).stale == 3
+    assert users.reweigh_all(db, ROLE_ONLY).users == 3
+    assert users.count(db, ROLE_ONLY.fingerprint) == (5, 0, 5)
+
+
 def test_a_nested_path_is_weighed_exactly_where_its_json_is_kept(db: Connection) -> None:
     nested = replace(ROLE_ONLY, template=parse_template('{"c": "{{user.public_metadata.home.city}}"}'))
     body = changed(public={"home": {"city": "Zürich", "rest": "x" * 2000}})
