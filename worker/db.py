@@ -13,7 +13,7 @@ import psycopg
 
 Connection = psycopg.Connection[Any]
 
-SCHEMA_VERSION: Final = "0002"
+SCHEMA_VERSION: Final = "0003"
 """The last step in `migrations/versions` that this code was written for."""
 
 # A dead peer is noticed within some 15 s instead of the kernel's hours.

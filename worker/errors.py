@@ -35,3 +35,16 @@ class Unavailable(SyncError):
 
 class BrokerDown(SyncError):
     """The broker can't be talked to just now. Nothing depends on it: the worker's sweep finds the events."""
+
+
+class ClerkUnavailable(SyncError):
+    """Clerk's API gave no usable answer for as long as we were ready to wait: worth another try later."""
+
+
+class ClerkRefused(SyncError):
+    """Clerk's API refuses a request as it stands; `status` and `codes` are Clerk's, its messages aren't kept."""
+
+    def __init__(self, status: int, codes: tuple[str, ...]) -> None:
+        super().__init__(f"Clerk's API refuses the request: {status} ({', '.join(codes) or 'without a code'})")
+        self.status = status
+        self.codes = codes

@@ -180,6 +180,31 @@ def parse_event(body: bytes, *, instance_id: str | None = None) -> tuple[str, Ev
         return Unusable(event_type, user_id, str(error))
 
 
+def parse_user(text: bytes, read_at: int | None) -> UserChanged | Unusable:
+    """What one User of Clerk's Backend API means, by the rules of an event's `data`. Never raises.
+
+    `read_at` is when Clerk answered (ms). It is no version: an answer may be older than an event that came before it.
+    """
+    if not _is_utf8(text):
+        return Unusable(None, None, "the user is not UTF-8")
+    # In brackets, as in a page: then the levels that are too deep are the same as in an event.
+    bracketed, replaced = holdable(b"[" + text + b"]")
+    user_id: str | None = None
+    try:
+        user = _decode(_user, bracketed[1:-1], "the user")
+        user_id = _user_id(user.id)
+        return _pulled(user, user_id, read_at, replaced)
+    except EventError as error:
+        return Unusable(None, user_id, str(error).removeprefix("data."))
+
+
+def _pulled(user: _User, user_id: str, read_at: int | None, replaced: int) -> UserChanged:
+    version = _milliseconds(user.updated_at, "data.updated_at")
+    if version is None:
+        raise EventError("data.updated_at is missing, so nothing tells the version")
+    return _changed(user, user_id, version if read_at is None else max(read_at, version), replaced)
+
+
 def _deleted(user_id: str, event_at: int | None) -> UserDeleted:
     if event_at is None:
         raise EventError("timestamp is missing, so nothing tells when the user was deleted")
@@ -202,6 +227,14 @@ def _changed(user: _User, user_id: str, event_at: int | None, replaced: int) -> 
         replaced,
         _profile(user),
     )
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _decode(decoder: msgspec.json.Decoder[T], text: bytes | msgspec.Raw | msgspec.UnsetType, what: str) -> T:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ D = TypeVar("D")
 LOG_FORMATS: Final = ("logfmt", "json")
 LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
 
-Need = Literal["signing_secrets", "database_url", "redis_url"]
+Need = Literal["signing_secrets", "database_url", "redis_url", "secret_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,9 @@ class Settings:
     signing_secrets: tuple[str, ...] = field(default=(), repr=False)
     database_url: str = field(default="", repr=False)
     redis_url: str = field(default="", repr=False)
+    secret_key: str = field(default="", repr=False)
+    api_url: str = "https://api.clerk.com"
+    api_share: float = 0.5
     instance_id: str | None = None
     policy: Policy = field(default_factory=Policy)
     port: int = 8000
@@ -61,6 +65,9 @@ class Settings:
             signing_secrets=secrets,
             database_url=reader.read("DATABASE_URL", _database_url, "", secret=True),
             redis_url=reader.read("REDIS_URL", _broker_url, "", secret=True),
+            secret_key=reader.read("CLERK_SECRET_KEY", _secret_key, "", secret=True),
+            api_url=reader.read("CLERK_API_URL", _api_url, "https://api.clerk.com"),
+            api_share=reader.read("CLERK_API_SHARE", _share, 0.5),
             instance_id=reader.read("CLERK_INSTANCE_ID", str, None),
             policy=Policy(
                 private=reader.read("COPY_PRIVATE", _one_of(Copy), Copy.ALWAYS),
@@ -88,6 +95,7 @@ _NEEDED: Final[dict[str, tuple[str, str]]] = {
     ),
     "database_url": ("DATABASE_URL", "for example postgresql://user:password@host:5432/database"),
     "redis_url": ("REDIS_URL", "for example redis://host:6379/0"),
+    "secret_key": ("CLERK_SECRET_KEY", "copy the Secret key from Clerk's Dashboard, API keys"),
 }
 
 
@@ -150,6 +158,32 @@ def _broker_url(text: str) -> str:
     if "://" not in text:
         raise ValueError("must be a URL such as redis://host:6379/0")
     return text
+
+
+_SECRET_KEY: Final = re.compile(r"sk_[!-~]+")
+
+
+def _secret_key(text: str) -> str:
+    if not _SECRET_KEY.fullmatch(text):
+        raise ValueError("must begin with sk_live_ or sk_test_, and be all of one line")
+    return text
+
+
+_API_URL: Final = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?/?")
+
+
+def _api_url(text: str) -> str:
+    found = _API_URL.fullmatch(text)
+    if not found or not 0 < int(found["port"] or 443) < 65536:
+        raise ValueError("must be http:// or https:// and a host, without a path, such as https://api.clerk.com")
+    return text.rstrip("/")
+
+
+def _share(text: str) -> float:
+    """A share of what Clerk allows."""
+    if not re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", text) or not 0.01 <= float(text) <= 1:
+        raise ValueError("must be a number from 0.01 to 1.0")
+    return float(text)
 
 
 def _template(text: str, declared: Collection[str]) -> Template:

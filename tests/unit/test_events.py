@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.events import ABSENT, changed, deleted, envelope
-from worker.events import LATEST_MS, NO_PROFILE, PROFILE, Ignored, Unusable, UserChanged, UserDeleted, parse_event
+from worker.events import (
+    LATEST_MS,
+    NO_PROFILE,
+    PROFILE,
+    Ignored,
+    Unusable,
+    UserChanged,
+    UserDeleted,
+    parse_event,
+    parse_user,
+)
 
 
 def user(body: bytes) -> UserChanged:
@@ -268,6 +278,87 @@ def test_a_mebibyte_of_contacts_is_no_trouble(contacts: str) -> None:
     assert user(body).profile[PROFILE.index("email_verified")] == b"false"
 
 
+# --- A user of the Backend API.
+
+READ_AT = 1_800_000_000_000
+
+
+def of_event(body: bytes) -> bytes:
+    """The user in an event, byte for byte."""
+    return body.partition(b'"data": ')[2].removesuffix(b"}")
+
+
+def pulled(text: bytes, read_at: int | None = READ_AT) -> UserChanged:
+    parsed = parse_user(text, read_at)
+    assert isinstance(parsed, UserChanged), parsed
+    return parsed
+
+
+def why_not(text: bytes) -> str:
+    parsed = parse_user(text, READ_AT)
+    assert isinstance(parsed, Unusable), parsed
+    return parsed.reason
+
+
+def test_a_recorded_user_is_read_with_its_metadata_and_profile(data: Path) -> None:
+    event = pulled((data / "backend_api__get_user.json").read_bytes())
+    assert (event.user_id, event.version, event.event_at) == (
+        "user_2yE06IFCFf4o90ue0Z6PYTESTGv",
+        1_749_384_259_895,
+        READ_AT,
+    )
+    assert (event.private_metadata, event.public_metadata) == (b"{}", b"{}")
+    assert json.loads(event.unsafe_metadata or b"") == {"bio": "text", "role": "student"}
+    found = dict(zip(PROFILE, event.profile, strict=True))
+    assert (found["primary_email_address"], found["email_verified"]) == (b'"person5@example.com"', b"true")
+    assert (found["first_name"], found["created_at"]) == (b'"Alex"', b"1749384248799")
+
+
+def test_a_user_was_read_no_earlier_than_its_version() -> None:
+    text = of_event(changed(version=READ_AT + 500))
+    assert pulled(text, READ_AT).event_at == READ_AT + 500
+    assert pulled(text, READ_AT + 1000).event_at == READ_AT + 1000
+    assert pulled(text, None).event_at == READ_AT + 500
+
+
+def test_the_time_of_an_answer_is_never_a_version() -> None:
+    assert why_not(b'{"id":"user_1"}') == "updated_at is missing, so nothing tells the version"
+    assert why_not(b'{"id":"user_1","updated_at":null}') == "updated_at is missing, so nothing tells the version"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", "the user is not valid JSON"),
+        (b"{", "the user is not valid JSON"),
+        (b"{},{}", "the user is not valid JSON"),
+        (b"],[", "the user is not valid JSON"),
+        (b"[]", "the user: Expected `object`, got `array`"),
+        (b"null", "the user: Expected `object`, got `null`"),
+        (b'{"x":"\xff"}', "the user is not UTF-8"),
+        (b"{}", "id is missing"),
+        (b'{"id":5}', "id is not a user id (1 to 255 visible ASCII characters)"),
+        (b'{"id":"u","updated_at":"5"}', "updated_at is not an integer"),
+        (b'{"id":"u","updated_at":5,"public_metadata":"canary"}', "public_metadata is not an object"),
+    ],
+)
+def test_a_user_that_cannot_be_used_says_why(text: bytes, why: str) -> None:
+    assert why_not(text) == why
+
+
+def test_who_it_was_is_told_where_the_rest_cannot_be_used() -> None:
+    assert parse_user(b'{"id":"user_1","updated_at":[]}', 5) == Unusable(None, "user_1", "updated_at is not an integer")
+
+
+@pytest.mark.parametrize("depth", [1, 497, 498, 499, 5000])
+@pytest.mark.parametrize("number", ["1.10", "9007199254740993", "1e5000"])
+def test_a_user_that_is_pulled_is_the_one_of_the_event(depth: int, number: str) -> None:
+    deep = f'{{"n": {number}, "s": "\\u0000", "a": {"[" * depth}{"]" * depth}}}'.encode()
+    body = changed(public=ABSENT, private={"plan": "pro"}, timestamp=READ_AT)
+    body = body.replace(b'"unsafe_metadata": {}', b'"unsafe_metadata": ' + deep)
+    assert pulled(of_event(body)) == user(body)
+
+
 # --- Anything.
 
 
@@ -324,6 +415,7 @@ def test_no_profile_makes_an_event_unusable(data: dict[str, Any]) -> None:
 @settings(deadline=None)
 def test_no_bytes_raise(body: bytes) -> None:
     parse_event(body)
+    parse_user(body, READ_AT)
 
 
 @given(
@@ -345,3 +437,4 @@ def test_no_bytes_raise(body: bytes) -> None:
 @settings(deadline=None, max_examples=300)
 def test_no_types_in_the_wrong_places_raise(body: dict[str, Any]) -> None:
     parse_event(json.dumps(body).encode(), instance_id="ins_1")
+    parse_user(json.dumps(body.get("data")).encode(), None)

@@ -137,3 +137,81 @@ def test_a_shortcode_that_is_not_known_here_can_be_declared_with_its_bytes() -> 
 def test_an_assumption_that_makes_no_sense_is_refused(given: str) -> None:
     (found,) = problems(COMPLETE | {"SESSION_CLAIMS_ASSUMED_BYTES": given})
     assert found.startswith("SESSION_CLAIMS_ASSUMED_BYTES: ")
+
+
+KEY = "sk_test_s3cr3t"
+
+
+def test_the_backend_api_is_clerk_s_own_and_half_of_its_rate_is_ours() -> None:
+    settings = Settings.from_env({})
+    assert (settings.secret_key, settings.api_url, settings.api_share) == ("", "https://api.clerk.com", 0.5)
+
+
+def test_the_secret_key_is_needed_by_who_pulls_only() -> None:
+    Settings.from_env(COMPLETE)
+    with pytest.raises(ConfigError, match=r"^CLERK_SECRET_KEY is missing: "):
+        Settings.from_env(COMPLETE, need=("secret_key",))
+
+
+def test_the_secret_key_is_read_from_a_file_and_never_shown(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text(f"{KEY}\n")
+    settings = Settings.from_env({"CLERK_SECRET_KEY_FILE": str(path)}, need=("secret_key",))
+    assert settings.secret_key == KEY
+    assert "s3cr3t" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "key", ["pk_test_s3cr3t", "s3cr3t", "sk_", "sk_test_s3 cr3t", "sk_test_s3cr3t\nX: y", "sk_s3cr3tø"]
+)
+def test_what_is_no_secret_key_is_refused_without_showing_it(key: str) -> None:
+    (found,) = problems(COMPLETE | {"CLERK_SECRET_KEY": key})
+    assert found.startswith("CLERK_SECRET_KEY: ")
+    assert "cr3t" not in found
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("https://api.clerk.com/", "https://api.clerk.com"),
+        ("http://127.0.0.1:8123", "http://127.0.0.1:8123"),
+        ("http://[::1]:8123/", "http://[::1]:8123"),
+        ("http://stand-in_1", "http://stand-in_1"),
+    ],
+)
+def test_the_api_s_address_is_a_host_with_or_without_a_port(given: str, url: str) -> None:
+    assert Settings.from_env({"CLERK_API_URL": given}).api_url == url
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "api.clerk.com",
+        "ftp://api.clerk.com",
+        "https://",
+        "https://api.clerk.com/v1",
+        "https://api.clerk.com//",
+        "https://api.clerk.com?x",
+        "https://api.clerk.com#x",
+        "https://user:s3cr3t@api.clerk.com",
+        "https://api.clerk.com:0",
+        "https://api.clerk.com:65536",
+        "https://api.clerk.com:https",
+        "https://api clerk.com",
+    ],
+)
+def test_what_is_no_address_is_refused(given: str) -> None:
+    (found,) = problems(COMPLETE | {"CLERK_API_URL": given})
+    assert found.startswith("CLERK_API_URL: ")
+    assert "s3cr3t" not in found
+
+
+@pytest.mark.parametrize(("given", "share"), [("0.01", 0.01), ("1", 1.0), ("1.0", 1.0), (".25", 0.25)])
+def test_our_share_of_the_api_s_rate_can_be_set(given: str, share: float) -> None:
+    assert Settings.from_env({"CLERK_API_SHARE": given}).api_share == share
+
+
+@pytest.mark.parametrize("given", ["0", "0.009", "1.01", "-0.5", "nan", "inf", "50%", "1e-1", "0,5", "."])
+def test_a_share_that_is_none_is_refused(given: str) -> None:
+    (found,) = problems(COMPLETE | {"CLERK_API_SHARE": given})
+    assert found.startswith("CLERK_API_SHARE: ")

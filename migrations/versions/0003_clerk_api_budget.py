@@ -1,0 +1,11 @@
+"""The calls to Clerk's Backend API that all processes share."""
+
+from migrations.steps import run_sql_beside
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    """Run the SQL file of the same name."""
+    run_sql_beside(__file__)

@@ -1,0 +1,292 @@
+"""Clerk's Backend API, as far as it is pulled from: pages of users, and how many there are.
+
+A page is cut into the raw JSON of its users and no further, so that one odd user never fails the others; what a user
+means, `worker.events` says. Errors tell statuses and Clerk's error codes: its messages can quote data.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import Any, Final, TypeVar
+
+import httpx
+import msgspec
+
+from worker.errors import ClerkRefused, ClerkUnavailable, ConfigError, SyncError
+from worker.jsontext import holdable
+
+T = TypeVar("T")
+Parameters = list[tuple[str, str | int | float | bool | None]]
+
+API_VERSION: Final = "2025-11-10"
+"""The version of the API that Clerk's own SDKs ask for. It has the cursor `starting_after`; the next one changes only
+how metadata is written."""
+
+MOST_USERS: Final = 500
+"""The largest page. Above it Clerk gives ten users instead of an error:
+https://github.com/clerk/clerk-sdk-python/issues/166"""
+
+MOST_IDS: Final = 100
+"""How many users one call can ask for by id."""
+
+LARGEST_ANSWER: Final = 64 * 1024 * 1024
+
+_TIMEOUTS: Final = httpx.Timeout(30, connect=5)
+_ATTEMPT_SECONDS: Final = 60
+"""How long one answer may take in all: a read time-out never ends an answer that trickles."""
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 20.0
+"""Bounds of the wait before the next attempt; each wait is anything between nothing and its bound."""
+
+_SECONDS: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+_CODE: Final = re.compile(r"[a-z0-9_]{1,64}")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Users as raw JSON, in the order asked for; `read_at` is when Clerk answered by its own clock, in milliseconds
+    since 1970 of a whole second, or None where the answer doesn't tell."""
+
+    users: tuple[bytes, ...]
+    read_at: int | None
+
+
+class _Error(msgspec.Struct):
+    code: Any = None
+
+
+class _Errors(msgspec.Struct):
+    errors: list[_Error] = []
+
+
+class _Count(msgspec.Struct):
+    total_count: int
+
+
+_users = msgspec.json.Decoder(list[msgspec.Raw])
+_count = msgspec.json.Decoder(_Count)
+_errors = msgspec.json.Decoder(_Errors)
+
+
+class _Failed(Exception):
+    """An attempt failed that may succeed when it is made again, after `wait` seconds at the soonest."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.wait = wait
+
+
+class ClerkApi:
+    """A client for one thread. Each request is booked with the shared budget first.
+
+    `take` asks the budget for a call and gives the seconds to wait before asking again, 0.0 where the call was booked;
+    `on_retry_after` tells all processes to hold still for some seconds. What either raises goes through. `sleep` may
+    raise as well, to give up in the middle of a wait.
+
+    The methods try again for up to `patience_seconds`, waits for the budget included. They raise ConfigError
+    for a key or an address that is wrong, ClerkRefused for a request that Clerk refuses, ClerkUnavailable for what
+    may work later.
+    """
+
+    def __init__(
+        self,
+        secret_key: str,
+        base_url: str,
+        take: Callable[[], float],
+        *,
+        on_retry_after: Callable[[float], None],
+        client: httpx.Client | None = None,
+        patience_seconds: float = 120.0,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self.calls = 0
+        """HTTP requests made so far."""
+        self._headers = {"Authorization": f"Bearer {secret_key}", "Clerk-API-Version": API_VERSION}
+        self._base_url = base_url.rstrip("/")
+        self._take = take
+        self._on_retry_after = on_retry_after
+        self._client = client or httpx.Client()
+        self._patience = patience_seconds
+        self._sleep = sleep
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def users(
+        self,
+        *,
+        order_by: str,
+        limit: int = MOST_USERS,
+        starting_after: str | None = None,
+        offset: int | None = None,
+        user_ids: Sequence[str] = (),
+    ) -> Page:
+        """One page of users. The cursor `starting_after` goes with an order by created_at, and without an offset."""
+        if not 1 <= limit <= MOST_USERS or len(user_ids) > MOST_IDS:
+            raise ValueError(f"a page is of 1 to {MOST_USERS} users, or of up to {MOST_IDS} by their ids")
+        parameters: Parameters = [("order_by", order_by), ("limit", limit)]
+        if starting_after is not None:
+            parameters.append(("starting_after", starting_after))
+        if offset is not None:
+            parameters.append(("offset", offset))
+        parameters += [("user_id", user_id) for user_id in user_ids]
+        return Page(*self._get("/v1/users", parameters, _split))
+
+    def count(self) -> int:
+        """How many users there are."""
+        return self._get("/v1/users/count", [], _total)[0]
+
+    def _get(self, path: str, parameters: Parameters, read: Callable[[bytes], T]) -> tuple[T, int | None]:
+        """What `read` makes of the answer, and when Clerk gave it."""
+        started = time.monotonic()
+        last: _Failed | None = None
+        attempts = 0
+        while True:
+            self._book(started, last)
+            try:
+                return self._attempt(path, parameters, read)
+            except _Failed as failed:
+                last = failed
+            attempts += 1
+            self._pause(started, attempts, last)
+
+    def _book(self, started: float, last: _Failed | None) -> None:
+        """Wait until the budget has a call for us."""
+        while (wait := self._take()) > 0:
+            if wait > self._left(started):
+                if last is not None:
+                    raise _given_up(started, last)
+                raise ClerkUnavailable(
+                    f"no call to Clerk's API is free within {self._patience:g} s: they are used up by other processes, "
+                    f"or Clerk asked for a pause of {wait:.3g} s"
+                )
+            self._sleep(wait)
+
+    def _pause(self, started: float, attempts: int, failed: _Failed) -> None:
+        """Wait before the next attempt: full jitter, and a last attempt at the very end."""
+        left = self._left(started)
+        if left <= 0 or failed.wait > left:
+            raise _given_up(started, failed)
+        bound = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(attempts - 1, 16))
+        wait = max(failed.wait, min(random.uniform(0, bound), left))  # noqa: S311 - jitter, not a secret
+        logger.info("Clerk's API will be asked again", extra={"reason": failed.reason, "wait_s": round(wait, 3)})
+        self._sleep(wait)
+
+    def _left(self, started: float) -> float:
+        return started + self._patience - time.monotonic()
+
+    def _attempt(self, path: str, parameters: Parameters, read: Callable[[bytes], T]) -> tuple[T, int | None]:
+        with self._answer(path, parameters) as response:
+            self._check(response)
+            body = _body(response)
+        if response.status_code >= 400:
+            raise ClerkRefused(response.status_code, _codes(body))
+        try:
+            return read(body), _read_at(response)
+        except (msgspec.MsgspecError, RecursionError, ValueError):
+            # A proxy's page, or an answer that was cut short.
+            raise _Failed(f"{response.status_code}, but not what was asked for") from None
+
+    @contextmanager
+    def _answer(self, path: str, parameters: Parameters) -> Iterator[httpx.Response]:
+        """The answer, whose body is still to be read. The text of httpx's errors is never passed on."""
+        self.calls += 1
+        try:
+            with self._client.stream(
+                "GET",
+                self._base_url + path,
+                params=parameters,
+                headers=self._headers,
+                timeout=_TIMEOUTS,
+                follow_redirects=False,
+            ) as response:
+                yield response
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+            raise ConfigError("CLERK_API_URL: not an address that can be called") from None
+        except httpx.TimeoutException:
+            raise _Failed("no answer in time") from None
+        except httpx.RequestError as error:
+            raise _Failed(type(error).__name__) from None
+
+    def _check(self, response: httpx.Response) -> None:
+        """Raise what the status alone tells; what comes back is a 2xx, or a 4xx whose body has codes."""
+        status = response.status_code
+        if status == 429:
+            seconds = _retry_after(response)
+            if seconds:
+                self._on_retry_after(seconds)
+            raise _Failed("429", seconds)
+        if status >= 500:
+            raise _Failed(str(status))
+        if 300 <= status < 400:
+            raise ConfigError(f"CLERK_API_URL: the address answers with a redirect ({status}), which isn't followed")
+        if status in (401, 403):
+            raise ConfigError(f"CLERK_SECRET_KEY: Clerk's API refuses the key ({status})")
+
+
+def _given_up(started: float, last: _Failed) -> ClerkUnavailable:
+    pause = f", which asks for a pause of {last.wait:g} s" if last.wait else ""
+    return ClerkUnavailable(
+        f"Clerk's API didn't answer for {time.monotonic() - started:.3g} s (last: {last.reason}{pause})"
+    )
+
+
+def _body(response: httpx.Response) -> bytes:
+    body = bytearray()
+    deadline = time.monotonic() + _ATTEMPT_SECONDS
+    for chunk in response.iter_bytes():
+        body += chunk
+        if len(body) > LARGEST_ANSWER:
+            raise SyncError(f"Clerk's API answered with more than {LARGEST_ANSWER} bytes: ask for fewer users")
+        if time.monotonic() > deadline:
+            raise _Failed("no whole answer in time")
+    return bytes(body)
+
+
+def _split(body: bytes) -> tuple[bytes, ...]:
+    try:
+        elements = _users.decode(body)
+    except RecursionError:
+        # Metadata that is nested too deep for the decoder, which any user can write. It is cut off at the same
+        # level as in an event: a user stands as deep in a page as in an envelope.
+        elements = _users.decode(holdable(body)[0])
+    return tuple(map(bytes, elements))
+
+
+def _total(body: bytes) -> int:
+    return _count.decode(body).total_count
+
+
+def _codes(body: bytes) -> tuple[str, ...]:
+    """Clerk's error codes, so far as they look like codes."""
+    try:
+        found = _errors.decode(body).errors
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return ()
+    return tuple(error.code for error in found[:5] if isinstance(error.code, str) and _CODE.fullmatch(error.code))
+
+
+def _read_at(response: httpx.Response) -> int | None:
+    try:
+        date = parsedate_to_datetime(response.headers["Date"])
+        return int(date.replace(tzinfo=date.tzinfo or UTC).timestamp()) * 1000
+    except (KeyError, ValueError, OverflowError):
+        return None
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """The seconds of Retry-After; nothing where it is missing or something else."""
+    text = response.headers.get("Retry-After", "").strip()
+    return float(text) if _SECONDS.fullmatch(text) else 0.0
