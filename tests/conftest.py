@@ -12,7 +12,7 @@ import pytest
 from worker import db as database
 from worker import local, schema
 
-EMPTY = "truncate clerk.users, clerk.user_contents, clerk.webhook_events, clerk.api_budget"
+EMPTY = "truncate clerk.users, clerk.user_contents, clerk.webhook_events, clerk.api_budget, clerk.runs"
 
 
 @pytest.fixture(scope="session")

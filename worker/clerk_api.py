@@ -46,10 +46,17 @@ _ATTEMPT_SECONDS: Final = 60
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 20.0
 """Bounds of the wait before the next attempt; each wait is anything between nothing and its bound."""
 
+# Clerk reads a leading + or - of an id as "only" and "never".
+_USER_ID: Final = re.compile(r"user_[A-Za-z0-9_]{1,100}")
 _SECONDS: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _CODE: Final = re.compile(r"[a-z0-9_]{1,64}")
 
 logger = logging.getLogger(__name__)
+
+
+def is_user_id(text: str) -> bool:
+    """Whether Clerk can be asked for a user by this id. With another one the answer could be about other users."""
+    return _USER_ID.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +139,10 @@ class ClerkApi:
         starting_after: str | None = None,
         offset: int | None = None,
         user_ids: Sequence[str] = (),
+        created_after: int | None = None,
     ) -> Page:
-        """One page of users. The cursor `starting_after` goes with an order by created_at, and without an offset."""
+        """One page of users; `created_after` is in milliseconds. The cursor `starting_after` goes with an order by
+        created_at, and without an offset."""
         if not 1 <= limit <= MOST_USERS or len(user_ids) > MOST_IDS:
             raise ValueError(f"a page is of 1 to {MOST_USERS} users, or of up to {MOST_IDS} by their ids")
         parameters: Parameters = [("order_by", order_by), ("limit", limit)]
@@ -141,6 +150,8 @@ class ClerkApi:
             parameters.append(("starting_after", starting_after))
         if offset is not None:
             parameters.append(("offset", offset))
+        if created_after is not None:
+            parameters.append(("created_at_after", created_after))
         parameters += [("user_id", user_id) for user_id in user_ids]
         return Page(*self._get("/v1/users", parameters, _split))
 

@@ -13,8 +13,12 @@ import psycopg
 
 Connection = psycopg.Connection[Any]
 
-SCHEMA_VERSION: Final = "0003"
+SCHEMA_VERSION: Final = "0004"
 """The last step in `migrations/versions` that this code was written for."""
+
+# What a row's own content can cause. Everything else (a lost connection, a lock, a missing table or privilege) is
+# not the fault of the user or the event: it is tried again later.
+ROWS_FAULT: Final = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
 
 # A dead peer is noticed within some 15 s instead of the kernel's hours.
 _CONNECT: Final[dict[str, Any]] = {

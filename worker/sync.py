@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Final
 
-import psycopg
-
 from worker import inbox, users
-from worker.db import Connection, deadline, describe
+from worker.db import ROWS_FAULT, Connection, deadline, describe
 from worker.events import Event, Ignored, Unusable, UserChanged, UserDeleted, parse_event
 from worker.policy import Policy
 
@@ -30,10 +28,6 @@ _PLAIN: Final = re.compile(r"(?!.*[0-9]{4})[a-z_]+(?:\.[A-Za-z_][A-Za-z0-9_-]{0,
 
 BATCH_SECONDS: Final = 60.0
 """A batch that takes longer has lost its Postgres: its connection is cut and made anew."""
-
-# What a row's own content can cause. Everything else (a lost connection, a lock, a missing table or privilege) is
-# not the event's fault: it stays pending.
-ROWS_FAULT: Final = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
 
 
 @dataclass(slots=True)

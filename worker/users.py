@@ -33,9 +33,11 @@ class Crossing:
 
 @dataclass(slots=True)
 class Gated:
-    """What the gate did: applied, unchanged, older or deleted for each change, and who crossed the budget."""
+    """What the gate did: applied, unchanged, older or deleted for each change, the last of them for each user, and who
+    crossed the budget."""
 
     outcomes: list[str] = field(default_factory=list)
+    by_user: dict[str, str] = field(default_factory=dict)
     crossings: list[Crossing] = field(default_factory=list)
 
 
@@ -74,6 +76,7 @@ def gate_users(connection: Connection, policy: Policy, changed: Iterable[UserCha
         unweighed = []
         for user_id, outcome, crossed, partial in connection.execute(GATE_USERS, _rows(policy, first.values())):
             gated.outcomes.append(outcome)
+            gated.by_user[user_id] = outcome
             if crossed:
                 gated.crossings.append(_crossing(policy, first[user_id].weights, first[user_id].claims_bytes))
             if partial:
@@ -387,6 +390,42 @@ def count(connection: Connection, fingerprint: int) -> Counted:
     """Count the live users, and those whom the policy of this fingerprint didn't weigh."""
     row = connection.execute(COUNT, {"fingerprint": fingerprint}).fetchone()
     return Counted(*(row or (0, 0, 0)))
+
+
+MISSING = """
+select user_id from clerk.users
+where content_missing and user_id > %(after)s
+order by user_id
+limit %(most)s
+"""
+
+
+def missing(connection: Connection, after: str, most: int) -> list[str]:
+    """The next users of whom a kind of metadata is to be kept that only Clerk has; the first ones after ""."""
+    return [user_id for (user_id,) in connection.execute(MISSING, {"after": after, "most": most})]
+
+
+COUNT_MISSING = """
+select count(*) from clerk.users where content_missing
+"""
+
+
+def count_missing(connection: Connection) -> int:
+    """How many they are."""
+    ((number,),) = connection.execute(COUNT_MISSING).fetchall()
+    return int(number)
+
+
+OTHERS = """
+select user_id from clerk.users
+where deleted_at is null and not content_missing and user_id like 'user\\_%%'
+limit %(most)s
+"""
+
+
+def others(connection: Connection, most: int) -> list[str]:
+    """Some live users who aren't among the missing ones."""
+    return [user_id for (user_id,) in connection.execute(OTHERS, {"most": most})]
 
 
 # --- Reading the weights

@@ -22,6 +22,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "status": ("worker.cli.status", "Show whether everything works and the data is fresh."),
     "budget": ("worker.cli.budget", "See what the session token carries; find a template that fits."),
     "erase": ("worker.cli.erase", "Erase one user, as the user.deleted event would."),
+    "backfill": ("worker.cli.backfill", "Pull every user from Clerk's API."),
+    "refresh": ("worker.cli.refresh", "Bring users up to date from Clerk's API, now."),
     "events": ("worker.cli.events", "Look at the inbox; retry what was set aside."),
 }
 

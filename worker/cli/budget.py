@@ -212,7 +212,7 @@ def _print_reweighed(result: users.Reweighed) -> None:
     if result.missing:
         click.echo(
             f"For {plural(result.missing, 'user')}, metadata is to be copied now that only Clerk holds: it comes with "
-            "their next event."
+            "their next event, or now by clerk-sync refresh --missing."
         )
 
 

@@ -1,0 +1,11 @@
+"""The runs of the commands that pull from Clerk."""
+
+from migrations.steps import run_sql_beside
+
+revision = "0004"
+down_revision = "0003"
+
+
+def upgrade() -> None:
+    """Run the SQL file of the same name."""
+    run_sql_beside(__file__)
