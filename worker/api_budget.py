@@ -17,6 +17,11 @@ WINDOW_SECONDS: Final = 10
 _LIVE, _TEST = 1000, 100
 
 
+def key_id(secret_key: str) -> str:
+    """What a secret key is known by in the database: a hash."""
+    return hashlib.sha256(b"clerk-sync " + secret_key.encode()).hexdigest()[:32]
+
+
 def allowed_calls(secret_key: str, share: float) -> int:
     """How many calls in any WINDOW_SECONDS are ours, with that share of what Clerk allows to this key."""
     limit = _LIVE if secret_key.startswith("sk_live_") else _TEST
@@ -30,7 +35,7 @@ class ApiBudget:
 
     def __init__(self, connection: Connection, secret_key: str, share: float) -> None:
         self._connection = connection
-        self._instance = hashlib.sha256(b"clerk-sync " + secret_key.encode()).hexdigest()[:32]
+        self._instance = key_id(secret_key)
         self._allowed = allowed_calls(secret_key, share)
 
     def take(self) -> float:
@@ -61,3 +66,24 @@ select clerk.block_api_calls(%(instance)s, %(seconds)s)
 def block(connection: Connection, instance: str, seconds: float) -> None:
     """Keep everybody from calling for some seconds."""
     connection.execute(BLOCK, {"instance": instance, "seconds": seconds})
+
+
+CONFIRMED = """
+select exists (select from clerk.api_budget where instance = %(instance)s and confirmed_at is not null)
+"""
+
+
+def confirmed(connection: Connection, instance: str) -> bool:
+    """Whether Clerk was seen to know users of ours by this key."""
+    return connection.execute(CONFIRMED, {"instance": instance}).fetchone() == (True,)
+
+
+CONFIRM = """
+insert into clerk.api_budget (instance, confirmed_at) values (%(instance)s, now())
+on conflict (instance) do update set confirmed_at = now()
+"""
+
+
+def confirm(connection: Connection, instance: str) -> None:
+    """Note that Clerk knows users of ours by this key."""
+    connection.execute(CONFIRM, {"instance": instance})

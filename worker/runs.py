@@ -1,43 +1,68 @@
-"""The runs of the commands that pull from Clerk, `clerk.runs`: how far each came, and that one runs at a time."""
+"""The runs that pull from Clerk, `clerk.runs`: what each did and how far it came, and that one runs at a time."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
 import psycopg
+from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from worker.db import Connection
+from worker.db import Connection, describe
 from worker.errors import SyncError
 from worker.events import Unusable
+
+BACKFILL: Final = "backfill"
+FULL: Final = "full"
+INCREMENTAL: Final = "incremental"
+KINDS: Final = (BACKFILL, FULL, INCREMENTAL)
+
+SEEN: Final = ("applied", "unchanged", "older", "tombstoned", "unusable")
+"""The counters of which each user that a run has been through is in one."""
+
+OUTCOMES: Final = {"applied": "applied", "unchanged": "unchanged", "older": "older", "deleted": "tombstoned"}
+"""The counters of the gate's outcomes."""
 
 MOST_LISTED: Final = 100
 """How many unusable users a run names."""
 
 REASON_LENGTH: Final = 500
 
+KEPT_DAYS: Final = 30
+
 
 @dataclass(slots=True)
 class Run:
-    """One run; `counters` are outcomes of users, `unusable` the first of those that couldn't be used."""
+    """One run, a row of clerk.runs. `counters` are numbers of users by what became of them (SEEN) and of what else was
+    found; `covers` is Clerk's clock in ms, `calls` how many were made to Clerk's API, `unusable` the first users that
+    couldn't be used."""
 
     id: int
+    kind: str
+    cause: str
     state: str
     started_at: datetime
-    cursor: dict[str, Any] | None
+    finished_at: datetime | None = None
+    covers: int | None = None
+    cursor: dict[str, Any] | None = None
     counters: Counter[str] = field(default_factory=Counter)
     unusable: list[dict[str, Any]] = field(default_factory=list)
     calls: int = 0
+    error: str | None = None
 
     @property
     def users(self) -> int:
         """How many users it has been through."""
-        return self.counters.total()
+        return sum(self.counters[name] for name in SEEN)
+
+    def count(self, outcomes: Iterable[str]) -> None:
+        """Count users by the gate's outcomes."""
+        self.counters.update(OUTCOMES[outcome] for outcome in outcomes)
 
     def note(self, unusable: Unusable) -> None:
         """Count a user that can't be used, and name the first ones."""
@@ -46,37 +71,66 @@ class Run:
             self.unusable.append({"user_id": unusable.user_id, "reason": unusable.reason})
 
 
+def _run(row: dict[str, Any]) -> Run:
+    return Run(**{**row, "counters": Counter(row["counters"])})
+
+
+# 1668048242 is "clkr" in ASCII. Two numbers, so that it is seen in pg_locks.
 LOCK = """
-select pg_try_advisory_lock(hashtext('clerk-sync run'), hashtext(%(kind)s))
+select pg_try_advisory_lock(1668048242, 1)
 """
 
 UNLOCK = """
-select pg_advisory_unlock(hashtext('clerk-sync run'), hashtext(%(kind)s))
+select pg_advisory_unlock(1668048242, 1)
+"""
+
+# Whoever holds the lock knows that no other run is under way.
+CUT_SHORT = """
+update clerk.runs set state = 'failed', finished_at = now(), error = 'cut short: its process or its connection ended'
+where state = 'running'
 """
 
 
 @contextlib.contextmanager
-def alone(connection: Connection, kind: str) -> Iterator[None]:
-    """Keep other runs of this kind out for as long as the block and the connection last. The run must write over this
-    connection alone: who has lost the lock can't write either. Raises SyncError where another one runs."""
-    if connection.execute(LOCK, {"kind": kind}).fetchone() != (True,):
-        raise SyncError(_running(latest(connection, kind), kind))
+def alone(connection: Connection) -> Iterator[None]:
+    """Keep other runs out for as long as the block and the connection last. The run must write over this connection
+    alone: who has lost the lock can't write either. Raises AlreadyRunning."""
+    if connection.execute(LOCK).fetchone() != (True,):
+        raise AlreadyRunning(_running(connection))
     try:
+        connection.execute(CUT_SHORT)
         yield
     finally:
         with contextlib.suppress(psycopg.Error):
-            connection.execute(UNLOCK, {"kind": kind})
+            connection.execute(UNLOCK)
 
 
-def _running(run: Run | None, kind: str) -> str:
-    if run is None or run.state != "running":
-        return f"another {kind} is just starting"
-    since = run.started_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    return f"another {kind} is running: run {run.id}, since {since}, {run.users:,} users so far"
+class AlreadyRunning(SyncError):
+    """Another run pulls from Clerk just now."""
+
+
+RUNNING = """
+select kind, id, started_at, counters from clerk.runs
+where state = 'running'
+order by id desc
+limit 1
+"""
+
+
+def _running(connection: Connection) -> str:
+    row = connection.execute(RUNNING).fetchone()
+    if row is None:
+        return "another run is just starting"
+    kind, run_id, started_at, counters = row
+    name = kind if kind == BACKFILL else f"{kind} reconcile"
+    since = started_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    users = sum(counters.get(counter, 0) for counter in SEEN)
+    return f"another {name} is running: run {run_id}, since {since}, {users:,} users so far"
 
 
 LATEST = """
-select id, state, started_at, cursor, counters, unusable, calls from clerk.runs
+select id, kind, cause, state, started_at, finished_at, covers, cursor, counters, unusable, calls, error
+from clerk.runs
 where kind = %(kind)s
 order by id desc
 limit 1
@@ -85,23 +139,96 @@ limit 1
 
 def latest(connection: Connection, kind: str) -> Run | None:
     """The last run of a kind."""
-    row = connection.execute(LATEST, {"kind": kind}).fetchone()
-    if row is None:
-        return None
-    run_id, state, started_at, cursor, counters, unusable, calls = row
-    return Run(run_id, state, started_at, cursor, Counter(counters), unusable, calls)
+    with connection.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute(LATEST, {"kind": kind}).fetchone()
+    return None if row is None else _run(row)
 
 
-BEGIN = """
-insert into clerk.runs (kind) values (%(kind)s)
-returning id, state, started_at
+COVERED = """
+select max(covers) from clerk.runs where state = 'done'
 """
 
 
-def begin(connection: Connection, kind: str) -> Run:
+def covered(connection: Connection) -> int | None:
+    """Every user updated before this moment of Clerk's clock (ms) was compared; None where no run was ever whole."""
+    ((covers,),) = connection.execute(COVERED).fetchall()
+    return None if covers is None else int(covers)
+
+
+# A day begins at 3 in the morning, UTC.
+DAILY_DUE = """
+select not exists (
+  select from clerk.runs
+  where kind = 'full' and state = 'done'
+    and started_at >= date_bin('1 day', now(), timestamptz '2000-01-01 03:00:00+00')
+)
+"""
+
+
+def daily_due(connection: Connection) -> bool:
+    """Whether today's full reconcile is still to be done."""
+    return connection.execute(DAILY_DUE).fetchone() == (True,)
+
+
+OVERDUE = """
+select not exists (
+  select from clerk.runs where greatest(started_at, finished_at) > now() - make_interval(secs => %(seconds)s)
+)
+"""
+
+
+def overdue(connection: Connection, seconds: float) -> bool:
+    """Whether no run began or ended for so long."""
+    return connection.execute(OVERDUE, {"seconds": seconds}).fetchone() == (True,)
+
+
+SURPLUS = """
+select (counters->>'surplus')::bigint from clerk.runs
+where state = 'done' and kind in ('backfill', 'full') and counters ? 'surplus'
+order by id desc
+limit 1
+"""
+
+
+def surplus(connection: Connection) -> int:
+    """By how many users Clerk's count was above ours when all users had been compared: those that can't be used, or
+    have a tombstone here."""
+    row = connection.execute(SURPLUS).fetchone()
+    return 0 if row is None else int(row[0])
+
+
+# Where users come and go faster than webhooks arrive, the counts always differ a little.
+TOO_SOON = """
+select coalesce(bool_or(
+  finished_at - started_at > interval '10 seconds' and now() - finished_at < 10 * (finished_at - started_at)
+), false)
+from (select started_at, finished_at from clerk.runs where kind = 'full' order by id desc limit 1) as last
+"""
+
+
+def too_soon(connection: Connection) -> bool:
+    """Whether the last full run was so long, and is so short ago, that another one should wait."""
+    return connection.execute(TOO_SOON).fetchone() == (True,)
+
+
+BEGIN = """
+insert into clerk.runs (kind, cause) values (%(kind)s, %(cause)s)
+returning id, started_at
+"""
+
+# Old runs go; the last ones of each kind that were whole stay, however old.
+PRUNE = """
+delete from clerk.runs as old
+where started_at < now() - make_interval(days => %(days)s)
+  and exists (select from clerk.runs where kind = old.kind and id > old.id and state = 'done')
+"""
+
+
+def begin(connection: Connection, kind: str, cause: str) -> Run:
     """A new run, at the beginning."""
-    ((run_id, state, started_at),) = connection.execute(BEGIN, {"kind": kind}).fetchall()
-    return Run(run_id, state, started_at, None)
+    connection.execute(PRUNE, {"days": KEPT_DAYS})
+    ((run_id, started_at),) = connection.execute(BEGIN, {"kind": kind, "cause": cause}).fetchall()
+    return Run(run_id, kind, cause, "running", started_at)
 
 
 GO_ON = """
@@ -112,31 +239,36 @@ where id = %(id)s
 
 def go_on(connection: Connection, run: Run) -> None:
     """Continue a run that was cut short."""
-    run.state = "running"
+    run.state, run.finished_at, run.error = "running", None, None
     connection.execute(GO_ON, {"id": run.id})
 
 
 SAVE = """
 update clerk.runs set
-  cursor = %(cursor)s, counters = %(counters)s, unusable = %(unusable)s, calls = %(calls)s, state = %(state)s,
+  kind = %(kind)s, cause = %(cause)s, state = %(state)s, covers = %(covers)s, cursor = %(cursor)s,
+  counters = %(counters)s, unusable = %(unusable)s, calls = %(calls)s,
   finished_at = case when %(state)s = 'done' then now() end
 where id = %(id)s
+returning finished_at
 """
 
 
 def save(connection: Connection, run: Run) -> None:
     """Save how far a run came, in the transaction of what it did."""
-    connection.execute(
+    ((run.finished_at,),) = connection.execute(
         SAVE,
         {
             "id": run.id,
+            "kind": run.kind,
+            "cause": run.cause,
+            "state": run.state,
+            "covers": run.covers,
             "cursor": None if run.cursor is None else Jsonb(run.cursor),
-            "counters": Jsonb(dict(run.counters)),
+            "counters": Jsonb({name: number for name, number in run.counters.items() if number}),
             "unusable": Jsonb(run.unusable),
             "calls": run.calls,
-            "state": run.state,
         },
-    )
+    ).fetchall()
 
 
 FAIL = """
@@ -145,6 +277,77 @@ where id = %(id)s and state = 'running'
 """
 
 
-def fail(connection: Connection, run: Run, reason: str) -> None:
+def fail(connection: Connection, run: Run, error: str) -> None:
     """Record that a run was cut short; what it saved stays."""
-    connection.execute(FAIL, {"id": run.id, "error": reason[:REASON_LENGTH], "calls": run.calls})
+    run.error = error[:REASON_LENGTH]
+    connection.execute(FAIL, {"id": run.id, "error": run.error, "calls": run.calls})
+
+
+@contextlib.contextmanager
+def recorded(connection: Connection, run: Run, calls: Callable[[], int]) -> Iterator[None]:
+    """Record whatever ends the block but its end as the failure of a run; `calls` tells how many were made by then."""
+    try:
+        yield
+    except BaseException as error:
+        run.state, run.calls = "failed", calls()
+        with contextlib.suppress(psycopg.Error):
+            fail(connection, run, reason(error))
+        raise
+
+
+def reason(error: BaseException) -> str:
+    """Why a run failed, without anything that could quote data."""
+    if isinstance(error, psycopg.Error):
+        return f"Postgres failed: {describe(error)}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return str(error) if isinstance(error, SyncError) else type(error).__name__
+
+
+# Failures before a run could begin, one after the other, are one row.
+FAILED = """
+with again as (
+  update clerk.runs set finished_at = now(), error = %(error)s
+  where id = (select max(id) from clerk.runs) and state = 'failed' and kind = %(kind)s and cause = 'periodic'
+    and calls = 0 and counters = '{}'
+  returning id
+)
+insert into clerk.runs (kind, cause, state, finished_at, error)
+select %(kind)s, 'periodic', 'failed', now(), %(error)s
+where not exists (select from again)
+"""
+
+
+def record_failure(connection: Connection, kind: str, error: str) -> None:
+    """Record that a periodic run couldn't even begin."""
+    connection.execute(FAILED, {"kind": kind, "error": error[:REASON_LENGTH]})
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """How the runs of one kind stand: the last one, whether it is `running` now, and when one was last done."""
+
+    last: Run
+    running: bool
+    done_at: datetime | None
+
+
+OVERVIEW = """
+select
+  id, kind, cause, state, started_at, finished_at, covers, cursor, counters, unusable, calls, error,
+  state = 'running' and exists (
+    select from pg_locks
+    where locktype = 'advisory' and classid = 1668048242 and objid = 1 and objsubid = 2 and granted
+      and database = (select oid from pg_database where datname = current_database())
+  ) as running,
+  (select max(finished_at) from clerk.runs where kind = last.kind and state = 'done') as done_at
+from (select distinct on (kind) * from clerk.runs order by kind, id desc) as last
+order by id desc
+"""
+
+
+def overview(connection: Connection) -> list[Overview]:
+    """How the runs of each kind stand, the latest first."""
+    with connection.cursor(row_factory=dict_row) as cursor:
+        rows = cursor.execute(OVERVIEW).fetchall()
+    return [Overview(running=row.pop("running"), done_at=row.pop("done_at"), last=_run(row)) for row in rows]

@@ -6,7 +6,6 @@ A worker that is killed anywhere leaves its batch pending and the users as they 
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -22,9 +21,6 @@ from worker.policy import Policy
 log = logging.getLogger(__name__)
 
 BATCH: Final = 500
-
-_PLAIN: Final = re.compile(r"(?!.*[0-9]{4})[a-z_]+(?:\.[A-Za-z_][A-Za-z0-9_-]{0,39}){0,3}(?: \([a-z ]+\))?")
-"""Field names that a log may carry: a user chooses those of unsafe metadata, and an address or a number can be one."""
 
 BATCH_SECONDS: Final = 60.0
 """A batch that takes longer has lost its Postgres: its connection is cut and made anew."""
@@ -54,22 +50,9 @@ def drain(
     total = 0
     while (done := drain_batch(connection, policy, batch)).claimed:
         total += done.claimed
-        _warn(done.crossings, policy.budget)
+        users.warn(done.crossings, policy.budget)
         observe(done)
     return total
-
-
-def _warn(crossings: Sequence[users.Crossing], budget: int) -> None:
-    for crossing in crossings:
-        log.warning(
-            "a user's claims went over the session token's budget",
-            extra={
-                "user_id": crossing.user_id,
-                "claims_bytes": crossing.claims_bytes,
-                "budget": budget,
-                "heaviest": " ".join(name if _PLAIN.fullmatch(name) else "(odd name)" for name in crossing.heaviest),
-            },
-        )
 
 
 def drain_batch(connection: Connection, policy: Policy, batch: int = BATCH) -> Batch:
@@ -151,8 +134,8 @@ def _pass(connection: Connection, policy: Policy, events: Events) -> tuple[Count
             deletions = [event for event in run if isinstance(event, UserDeleted)]
             outcomes.update(users.gate_deletions(connection, deletions))
         else:
-            changed = [event for event in run if isinstance(event, UserChanged)]
-            gated = users.gate_users(connection, policy, changed)
+            changes = [users.weigh(policy, event) for event in run if isinstance(event, UserChanged)]
+            gated = users.gate_users(connection, policy, changes)
             outcomes.update(gated.outcomes)
             crossings += gated.crossings
     return outcomes, crossings

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -19,7 +21,12 @@ from worker.policy import Decision, Policy, decide
 BLAMED: Final = 3
 REWEIGH_BATCH: Final = 1000
 
+_PLAIN: Final = re.compile(r"(?!.*[0-9]{4})[a-z_]+(?:\.[A-Za-z_][A-Za-z0-9_-]{0,39}){0,3}(?: \([a-z ]+\))?")
+"""Field names that a log may carry: a user chooses those of unsafe metadata, and an address or a number can be one."""
+
 _fields = msgspec.json.Decoder(dict[str, int])
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +49,21 @@ class Gated:
 
 
 @dataclass(frozen=True, slots=True)
-class _Change:
+class Change:
+    """A user on the way to the gate: weighed, with what is to be copied of them."""
+
     user: UserChanged
     weights: Weights
     claims_bytes: int
     decision: Decision
+
+
+def weigh(policy: Policy, user: UserChanged) -> Change:
+    """Weigh one user and decide what is copied. Pure."""
+    weights = weigh_user(user)
+    claims_bytes = len(render(policy.template, user, policy.assumed))
+    known = user.public_metadata is not None and user.unsafe_metadata is not None
+    return Change(user, weights, claims_bytes, decide(policy, claims_bytes if known else None))
 
 
 GATE_USERS = """
@@ -61,14 +78,14 @@ select user_id, outcome, crossed, unweighed from clerk.gate_users(
 """
 
 
-def gate_users(connection: Connection, policy: Policy, changed: Iterable[UserChanged]) -> Gated:
-    """Weigh and decide for each user, and pass them through the gate.
+def gate_users(connection: Connection, policy: Policy, changes: Iterable[Change]) -> Gated:
+    """Pass users through the gate; they were weighed by the same policy.
 
     Several changes of one user pass one after the other, in the order given. Raises psycopg.DataError where a value
     can't be held; then, within a transaction, none of them has passed.
     """
     gated = Gated()
-    rest = [_weighed(policy, user) for user in changed]
+    rest = list(changes)
     while rest:
         # The gate takes a user once: what is left of users with several changes goes in the next round.
         first = {change.user.user_id: change for change in reversed(rest)}
@@ -87,14 +104,7 @@ def gate_users(connection: Connection, policy: Policy, changed: Iterable[UserCha
     return gated
 
 
-def _weighed(policy: Policy, user: UserChanged) -> _Change:
-    weights = weigh_user(user)
-    claims_bytes = len(render(policy.template, user, policy.assumed))
-    known = user.public_metadata is not None and user.unsafe_metadata is not None
-    return _Change(user, weights, claims_bytes, decide(policy, claims_bytes if known else None))
-
-
-def _rows(policy: Policy, changes: Iterable[_Change]) -> dict[str, Any]:
+def _rows(policy: Policy, changes: Iterable[Change]) -> dict[str, Any]:
     batch = list(changes)
     users = [change.user for change in batch]
     return {
@@ -128,6 +138,20 @@ def _array(sizes: tuple[int, ...] | None) -> str | None:
 
 def _sizes(kind: Fields) -> str:
     return msgspec.json.encode(kind.by_name).decode()
+
+
+def warn(crossings: Iterable[Crossing], budget: int) -> None:
+    """Log who went over the budget; to be called after the commit."""
+    for crossing in crossings:
+        logger.warning(
+            "a user's claims went over the session token's budget",
+            extra={
+                "user_id": crossing.user_id,
+                "claims_bytes": crossing.claims_bytes,
+                "budget": budget,
+                "heaviest": " ".join(name if _PLAIN.fullmatch(name) else "(odd name)" for name in crossing.heaviest),
+            },
+        )
 
 
 def _crossing(policy: Policy, weights: Weights, claims_bytes: int) -> Crossing:
@@ -416,16 +440,68 @@ def count_missing(connection: Connection) -> int:
     return int(number)
 
 
-OTHERS = """
+SOME = """
 select user_id from clerk.users
-where deleted_at is null and not content_missing and user_id like 'user\\_%%'
+where deleted_at is null and user_id like 'user\\_%%'
 limit %(most)s
 """
 
 
-def others(connection: Connection, most: int) -> list[str]:
-    """Some live users who aren't among the missing ones."""
-    return [user_id for (user_id,) in connection.execute(OTHERS, {"most": most})]
+def some(connection: Connection, most: int) -> list[str]:
+    """Some live users."""
+    return [user_id for (user_id,) in connection.execute(SOME, {"most": most})]
+
+
+# There are fewer tombstones than users, and they have an index.
+COUNT_LIVE = """
+select
+  (select count(*) from clerk.users) - (select count(*) from clerk.users where deleted_at is not null)
+"""
+
+
+def count_live(connection: Connection) -> int:
+    """How many live users there are, exactly."""
+    ((number,),) = connection.execute(COUNT_LIVE).fetchall()
+    return int(number)
+
+
+LIVE = """
+select user_id from clerk.users where user_id = any(%(user_id)s) and deleted_at is null
+"""
+
+
+def live(connection: Connection, user_ids: Sequence[str]) -> list[str]:
+    """Those of these users who are live here."""
+    return [user_id for (user_id,) in connection.execute(LIVE, {"user_id": list(user_ids)})]
+
+
+# --- Comparing with what Clerk has
+
+COMPARE = """
+select user_id, difference from clerk.compare_users(
+  %(user_id)b::text[], %(version)b::bigint[],
+  %(private)b::text[]::jsonb[], %(public)b::text[]::jsonb[], %(unsafe)b::text[]::jsonb[], %(weighed_by)s::bigint
+)
+"""
+
+
+def compare(connection: Connection, policy: Policy, changed: Sequence[UserChanged]) -> dict[str, str]:
+    """How users stand here, by id: missing, tombstoned, newer, outdated, incomplete, unweighed or same.
+
+    Writes nothing. Raises psycopg.DataError where a value can't be held.
+    """
+    rows = connection.execute(
+        COMPARE,
+        {
+            "user_id": [user.user_id for user in changed],
+            "version": [user.version for user in changed],
+            "private": [_text(user.private_metadata) for user in changed],
+            "public": [_text(user.public_metadata) for user in changed],
+            "unsafe": [_text(user.unsafe_metadata) for user in changed],
+            "weighed_by": policy.fingerprint,
+        },
+    )
+    return dict(rows.fetchall())
 
 
 # --- Reading the weights

@@ -19,13 +19,14 @@ from tests.pulling import LIVE, api_of, command, environment
 from tests.waiting import until
 from worker import inbox, runs, sync
 from worker.api_budget import ApiBudget
-from worker.backfill import KIND, Progress, ahead, backfill
+from worker.backfill import Progress, backfill
 from worker.clerk_api import ClerkApi
 from worker.db import Connection
 from worker.errors import ClerkUnavailable, ConfigError, SyncError
 from worker.policy import Policy
-from worker.runs import Run
+from worker.runs import SEEN, Run
 from worker.standin import Call, StandIn
+from worker.sweep import ahead
 
 Connect = Callable[[], Connection]
 
@@ -60,7 +61,7 @@ def here(connection: Connection) -> set[str]:
 
 
 def counters(run: Run) -> dict[str, int]:
-    return {name: number for name, number in run.counters.items() if number}
+    return {name: run.counters[name] for name in SEEN if run.counters[name]}
 
 
 def pages(clerk: StandIn) -> list[Call]:
@@ -458,7 +459,7 @@ def test_a_process_that_is_killed_in_the_middle_goes_on_when_it_is_started_again
 
 
 def free(connection: Connection) -> bool:
-    with contextlib.suppress(SyncError), runs.alone(connection, KIND):
+    with contextlib.suppress(SyncError), runs.alone(connection):
         return True
     return False
 

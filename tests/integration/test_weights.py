@@ -87,7 +87,7 @@ def test_a_user_who_begins_over_the_budget_has_crossed_it(db: Connection) -> Non
 def test_the_warning_names_fields_but_only_plain_ones(db: Connection, caplog: pytest.LogCaptureFixture) -> None:
     unsafe = {"ada@example.com": "x" * 900, "theme": "y" * 500, "line\nbreak": "z" * 700, "sk_live_51H8abc": "w" * 400}
     inbox.record(db, [incoming(changed(unsafe=unsafe))])
-    with caplog.at_level(logging.WARNING, "worker.sync"):
+    with caplog.at_level(logging.WARNING, "worker.users"):
         sync.drain(db, Policy())
     (record,) = [record for record in caplog.records if "budget" in record.getMessage()]
     said = record.__dict__
@@ -183,8 +183,8 @@ def test_the_same_user_again_brings_what_is_missing(db: Connection, pulled: bool
     if pulled:
         # The Backend API gives the user without an envelope's timestamp.
         again = replace(user(body), event_at=user(body).version)
-        assert users.gate_users(db, ROLE_ONLY, [again]).outcomes == ["applied"]
-        assert users.gate_users(db, ROLE_ONLY, [again]).outcomes == ["unchanged"]
+        assert users.gate_users(db, ROLE_ONLY, [users.weigh(ROLE_ONLY, again)]).outcomes == ["applied"]
+        assert users.gate_users(db, ROLE_ONLY, [users.weigh(ROLE_ONLY, again)]).outcomes == ["unchanged"]
     else:
         deliver(db, body, policy=ROLE_ONLY)
     assert kept(db, "content_missing, public_metadata, unsafe_metadata") == (

@@ -10,7 +10,7 @@ import click
 import psycopg
 
 from worker import db
-from worker.api_budget import ApiBudget
+from worker.clerk import reach
 from worker.clerk_api import ClerkApi
 from worker.cli.options import connect
 from worker.errors import SyncError
@@ -33,19 +33,9 @@ def patience_option(command: F) -> F:
 
 @contextlib.contextmanager
 def pulling(found: Settings, patience: float) -> Iterator[tuple[db.Connection, ClerkApi]]:
-    """A connection for the users, and Clerk's API, whose calls are booked over another one. Database errors come out
-    as SyncError."""
+    """A connection for the users, and Clerk's API. Database errors come out as SyncError."""
     try:
-        with connect(found.database_url) as connection, connect(found.database_url) as booking:
-            budget = ApiBudget(booking, found.secret_key, found.api_share)
-            api = ClerkApi(
-                found.secret_key,
-                found.api_url,
-                budget.take,
-                on_retry_after=budget.block,
-                patience_seconds=patience,
-            )
-            with contextlib.closing(api):
-                yield connection, api
+        with reach(found, lambda: connect(found.database_url), patience=patience) as (connection, api):
+            yield connection, api
     except psycopg.Error as error:
         raise SyncError(f"Postgres failed: {db.describe(error)}") from None

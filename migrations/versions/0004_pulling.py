@@ -1,4 +1,4 @@
-"""The runs of the commands that pull from Clerk."""
+"""The runs that pull from Clerk, and how our users compare with what Clerk has."""
 
 from migrations.steps import run_sql_beside
 

@@ -1,0 +1,131 @@
+"""Our way to Clerk: its API within the shared budget, made sure to be that of the instance whose users are here, and
+users looked up by their ids."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from worker import api_budget, users
+from worker.api_budget import ApiBudget
+from worker.clerk_api import MOST_IDS, ClerkApi, is_user_id
+from worker.db import Connection
+from worker.errors import ConfigError, SyncError
+from worker.events import Unusable, UserChanged, parse_user
+from worker.settings import Settings
+
+EXAMPLES: Final = frozenset({"user_29w83sxmDNGwOuEthce5gg56FcC", "user_2g7np7Hrk0SN6kj5EDMLDaKNL0S"})
+"""Users of the events that Clerk's Dashboard sends as examples. No instance has them."""
+
+CONTROLS: Final = 5
+"""How many users that Clerk should know are asked for beside those that may be gone."""
+
+
+@contextlib.contextmanager
+def reach(
+    settings: Settings,
+    connect: Callable[[], Connection],
+    *,
+    patience: float = 120.0,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Iterator[tuple[Connection, ClerkApi]]:
+    """A connection for the users, and Clerk's API, whose calls are booked over another one.
+
+    `patience` and `sleep` are those of ClerkApi. Raises what that does, ConfigError where the key is that of another
+    instance, and psycopg.Error.
+    """
+    with connect() as connection, connect() as booking:
+        budget = ApiBudget(booking, settings.secret_key, settings.api_share)
+        api = ClerkApi(
+            settings.secret_key,
+            settings.api_url,
+            budget.take,
+            on_retry_after=budget.block,
+            patience_seconds=patience,
+            sleep=sleep,
+        )
+        with contextlib.closing(api):
+            confirm_instance(connection, api, api_budget.key_id(settings.secret_key))
+            yield connection, api
+
+
+def confirm_instance(connection: Connection, api: ClerkApi, key: str) -> None:
+    """Make sure that Clerk knows users of ours by this key, once for each key; with that of another instance all of
+    ours would seem to be deleted. Raises ConfigError where it knows none of those it is asked for."""
+    if api_budget.confirmed(connection, key):
+        return
+    some = [user_id for user_id in users.some(connection, MOST_IDS) if is_user_id(user_id) and user_id not in EXAMPLES]
+    if some and not look_up(api, some).known:
+        raise ConfigError(
+            "CLERK_SECRET_KEY: Clerk knows none of our users that it was asked for, so the key may be that of another "
+            "instance. Nothing was changed. If it is the right one, and those users are gone indeed: clerk-sync erase "
+            f"USER, such as {some[0]}"
+        )
+    api_budget.confirm(connection, key)
+
+
+@dataclass(slots=True)
+class LookedUp:
+    """What Clerk said of users who were asked for by their ids: as they are, unusable, or `gone`."""
+
+    read_at: int | None = None
+    changed: list[UserChanged] = field(default_factory=list)
+    unusable: list[Unusable] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+
+    @property
+    def known(self) -> set[str]:
+        """Whom Clerk has."""
+        return {user.user_id for user in self.changed} | {user.user_id or "" for user in self.unusable} - {""}
+
+
+def look_up(api: ClerkApi, user_ids: Sequence[str]) -> LookedUp:
+    """Ask for up to MOST_IDS users. One is gone only where everybody in the answer could be told apart: otherwise those
+    who are left are asked for again in halves, and at last unusable."""
+    answer = LookedUp()
+    if not user_ids:
+        return answer
+    page = api.users(order_by="-created_at", user_ids=user_ids)
+    answer.read_at = page.read_at
+    nameless: list[Unusable] = []
+    for user in (parse_user(text, page.read_at) for text in page.users):
+        if isinstance(user, UserChanged):
+            answer.changed.append(user)
+        else:
+            (nameless if user.user_id is None else answer.unusable).append(user)
+    known = answer.known
+    if not known <= set(user_ids):
+        raise SyncError("Clerk's API answered with users that weren't asked for: nothing of it was used")
+    rest = [user_id for user_id in user_ids if user_id not in known]
+    if not nameless:
+        answer.gone = rest
+    elif len(user_ids) == 1:
+        answer.unusable += [Unusable(None, user_id, nameless[0].reason) for user_id in rest]
+    else:
+        middle = (len(rest) + 1) // 2
+        for half in (rest[:middle], rest[middle:]):
+            again = look_up(api, half)
+            answer.changed += again.changed
+            answer.unusable += again.unusable
+            answer.gone += again.gone
+    return answer
+
+
+def look_up_beside(api: ClerkApi, user_ids: Sequence[str], controls: Sequence[str]) -> LookedUp:
+    """Look up users beside CONTROLS others whom Clerk should know: an answer without any user tells of nobody that they
+    are gone. Raises SyncError for one."""
+    controls = [user_id for user_id in controls if user_id not in user_ids][:CONTROLS]
+    answer = look_up(api, [*user_ids, *controls])
+    if answer.gone and not answer.known:
+        raise SyncError(
+            "Clerk's API finds none of the users that it was asked for, known ones among them: nobody was erased on "
+            "that word. If they are gone indeed: clerk-sync refresh USER..."
+        )
+    asked = set(user_ids)
+    answer.changed = [user for user in answer.changed if user.user_id in asked]
+    answer.unusable = [user for user in answer.unusable if user.user_id in asked]
+    answer.gone = [user_id for user_id in answer.gone if user_id in asked]
+    return answer
