@@ -102,10 +102,13 @@ def serve(
     data_dir: Path,
     info: Path | None,
     on_ready: Callable[[Info], int | None] | None = None,
+    *,
+    overrides: Mapping[str, str] = {},
 ) -> int:
     """Run the whole system until a signal, or until `on_ready` gives an exit code; give the exit code.
 
-    `on_ready` runs in a thread of its own once everything is ready. To be called in the main thread.
+    `on_ready` runs in a thread of its own once everything is ready; the parts' environment has `overrides` in
+    it, whatever ours says. To be called in the main thread.
     ConfigError where variables, the port, the folder or the Procfile don't allow a start.
     """
     data_dir = data_dir.absolute()
@@ -116,7 +119,7 @@ def serve(
     commands = parse_procfile(procfile.read_text(encoding="utf-8"))
     with local.lock(data_dir):
         try:
-            return _serve(commands, port, data_dir, info, on_ready)
+            return _serve(commands, port, data_dir, info, on_ready, overrides=overrides)
         except PermissionError as error:
             raise ConfigError(f"{error.filename or data_dir} can't be used: {error.strerror}") from error
 
@@ -127,6 +130,8 @@ def _serve(
     data_dir: Path,
     info: Path | None,
     on_ready: Callable[[Info], int | None] | None,
+    *,
+    overrides: Mapping[str, str],
 ) -> int:
     (data_dir / ".gitignore").write_text("*\n", encoding="utf-8")
     leftovers = data_dir / "pids"
@@ -135,7 +140,7 @@ def _serve(
     metrics = data_dir / "metrics"
     shutil.rmtree(metrics, ignore_errors=True)  # counts of processes that are no more
     metrics.mkdir()
-    environment = {**os.environ, "PORT": str(port), "PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+    environment = {**os.environ, **overrides, "PORT": str(port), "PROMETHEUS_MULTIPROC_DIR": str(metrics)}
     # On this machine only, unless the caller says otherwise in the same way.
     environment["GUNICORN_CMD_ARGS"] = f"--bind {local.HOST}:{port} {environment.get('GUNICORN_CMD_ARGS', '')}".strip()
     servers = _complete(environment, data_dir)
