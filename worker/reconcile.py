@@ -180,7 +180,7 @@ def _incremental(work: _Work, since: int) -> bool:
         page = work.api.users(order_by="-updated_at", limit=MOST_USERS, offset=offset)
         parsed = [parse_user(raw, page.read_at) for raw in page.users]
         named = {_name(raw, user): user for raw, user in zip(page.users, parsed, strict=True)}
-        if before and not before & named.keys():
+        if before and offset and not before & named.keys():
             # Deletions moved up more users than the pages have in common.
             if steps_back == MOST_STEPS_BACK:
                 raise SyncError("Clerk's list of changes moves faster than it can be read")
