@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import IO, Any, Final, Self, TypeVar
 
 import psycopg
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.clerk import sign
 from tests.events import deleted, envelope
 from tests.waiting import until
 from worker import local
+from worker.cli import main
 
 T = TypeVar("T")
 
@@ -270,7 +272,7 @@ class System:
         """A new connection to the database, in autocommit."""
         return psycopg.connect(self.database_url, autocommit=True, connect_timeout=5)
 
-    def command(
+    def program(
         self, *arguments: str, text: str | None = None, info: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run `clerk-sync` beside it, as an operator does: in the same environment, or with something set otherwise."""
@@ -283,6 +285,18 @@ class System:
             timeout=30,
             check=False,
         )
+
+    def command(
+        self, *arguments: str, text: str | None = None, info: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the same in this process, which spares the half a second that each program takes to load.
+
+        Every command is run as a program too, by at least one test.
+        """
+        arguments = (*arguments, "--info", str(info or self.info_path))
+        env = {**dict.fromkeys(os.environ), **self._environment, **environment}
+        ran = CliRunner(catch_exceptions=False).invoke(main, arguments, input=text, env=env)
+        return subprocess.CompletedProcess(arguments, ran.exit_code, ran.stdout, ran.stderr)
 
     def rows(self, *user_ids: str) -> dict[str, Row]:
         """What an application reads of these users."""

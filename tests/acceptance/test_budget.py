@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,7 +93,7 @@ def test_report_check_and_suggest_speak_of_the_same_users(role_system: System, t
     html = page.read_text("utf-8")
     assert CANARY not in html
     assert heavy in html
-    plain = role_system.command("budget", "report")
+    plain = role_system.program("budget", "report")
     assert (plain.returncode, plain.stderr) == (0, "")
     assert "1,200" in plain.stdout
     assert max(map(len, plain.stdout.splitlines())) <= 100
@@ -102,7 +103,7 @@ def test_report_check_and_suggest_speak_of_the_same_users(role_system: System, t
     assert unwritable.stdout == plain.stdout
     assert unwritable.stderr.startswith("clerk-sync: --html /proc/budget.html can't be written")
 
-    checked = role_system.command("budget", "check", ROLE, "--json")
+    checked = role_system.program("budget", "check", ROLE, "--json")
     assert checked.returncode == 1
     told = json.loads(checked.stdout)
     assert (told["over"], told["findings"]) == (1, [])
@@ -113,7 +114,7 @@ def test_report_check_and_suggest_speak_of_the_same_users(role_system: System, t
         assert (fits.returncode, fits.stderr) == (0, "")
     assert role_system.command("budget", "check", "-", text=template.read_text()).returncode == 0
 
-    suggested = role_system.command(
+    suggested = role_system.program(
         "budget", "suggest", "--keep", "public_metadata.plan public_metadata.role", "--json"
     )
     assert (suggested.returncode, suggested.stderr) == (1, "")  # the role was asked for and doesn't fit
@@ -143,7 +144,7 @@ def test_after_a_new_template_users_are_weighed_again_by_a_command(role_system: 
     assert kept["dropped"] == 0
     assert role_system.rows(user_id)[user_id][1] == {"canary": CANARY, "role": "admin"}
     assert report(role_system, template=WHOLE)["stale"] == 0
-    ran = role_system.command("budget", "reweigh", "--drop", "--json", SESSION_CLAIMS=WHOLE)
+    ran = role_system.program("budget", "reweigh", "--drop", "--json", SESSION_CLAIMS=WHOLE)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert json.loads(ran.stdout)["dropped"] == kept["droppable"]
     assert role_system.rows(user_id)[user_id][1:3] == (None, None)
@@ -168,20 +169,25 @@ def test_a_template_that_is_wrong_is_refused_at_start_up_and_by_check(
     env = {**os.environ, "SESSION_CLAIMS": template, "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
     env |= {"DATABASE_URL": role_system.database_url, "REDIS_URL": role_system.redis_url}
     env |= {"CLERK_WEBHOOK_SIGNING_SECRET": role_system.signing_secret}
-    for command in (
+    commands = (
         ["clerk-sync", "up", "--port", "0", "--data-dir", str(tmp_path / "data")],
         ["gunicorn", "--config", "python:webhooks.server", "webhooks.main:app", "--bind", "127.0.0.1:0"],
         ["celery", "--app", "worker.main", "worker"],
-    ):
-        ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
-        assert f"SESSION_CLAIMS: {position}" in ran.stdout + ran.stderr, command
-        assert ran.returncode == 2 or command[0] == "gunicorn", ran.stderr
+    )
+
+    def start(command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        for command, ran in zip(commands, pool.map(start, commands), strict=True):
+            assert f"SESSION_CLAIMS: {position}" in ran.stdout + ran.stderr, command
+            assert ran.returncode == 2 or command[0] == "gunicorn", ran.stderr
 
 
 def test_what_has_nothing_to_do_with_the_template_works_while_it_is_wrong(role_system: System) -> None:
     wrong = '{"role": "{{user.pubic_metadata.role}}"}'
     for command in (("events", "list"), ("migrate",), ("erase", new_user())):
-        ran = role_system.command(*command, SESSION_CLAIMS=wrong)
+        ran = role_system.program(*command, SESSION_CLAIMS=wrong)
         assert (ran.returncode, ran.stderr) == (0, ""), command
     status = role_system.command("status", SESSION_CLAIMS=wrong)
     assert status.returncode == 1

@@ -24,7 +24,7 @@ COUNTS: Final = {
 def test_status_says_that_all_is_well_and_counts(system: System, client: Client) -> None:
     client.deliver(user_event(new_user(), now_ms()))
     system.settle()
-    status = system.command("status", "--json")
+    status = system.program("status", "--json")
     assert (status.returncode, status.stderr) == (0, "")
     found = json.loads(status.stdout)
     assert found["ok"] is True
@@ -34,7 +34,7 @@ def test_status_says_that_all_is_well_and_counts(system: System, client: Client)
     assert found["counts"].keys() == COUNTS
     assert found["counts"]["pending"] == 0
     assert found["counts"]["users"] > 0
-    plain = system.command("status")
+    plain = system.program("status")
     assert (plain.returncode, plain.stderr) == (0, "")
     assert "tombstones" in plain.stdout
 
@@ -55,7 +55,7 @@ def test_events_are_listed_and_shown_without_their_bodies(system: System, client
     assert [event["svix_id"] for event in listed(system, "--user", user_id)] == [dead, *reversed(sent)]
     assert [event["svix_id"] for event in listed(system, "--user", user_id, "--state", "dead")] == [dead]
     assert len(listed(system, "--user", user_id, "--limit", "2")) == 2
-    shown = system.command("events", "show", dead, "--json")
+    shown = system.program("events", "show", dead, "--json")
     assert (shown.returncode, shown.stderr) == (0, "")
     event = json.loads(shown.stdout)
     assert "body" not in event
@@ -67,7 +67,7 @@ def test_events_are_listed_and_shown_without_their_bodies(system: System, client
     }
     assert "nothing tells the version" in event["error"]
     assert event["body_bytes"] > 0
-    missing = system.command("events", "show", "msg_of_nobody", "--json")
+    missing = system.program("events", "show", "msg_of_nobody", "--json")
     assert (missing.returncode, missing.stdout) == (1, "")
     assert "msg_of_nobody" in missing.stderr
 
@@ -98,7 +98,7 @@ def test_event_that_postgres_refuses_holds_up_nobody_and_is_applied_by_a_retry(
 
     with system.connect() as connection:
         connection.execute("alter table clerk.users drop constraint poison")
-    retried = system.command("events", "retry", bad.svix_id, "--json")
+    retried = system.program("events", "retry", bad.svix_id, "--json")
     assert (retried.returncode, retried.stderr) == (0, "")
     assert json.loads(retried.stdout) == {"retried": [bad.svix_id], "not_dead": []}
     until(lambda: poisoned in system.rows(poisoned))
@@ -131,7 +131,7 @@ def test_send_signs_and_posts_a_body(system: System, tmp_path: Path) -> None:
     assert sent.stdout.split()[0] == "202"
     assert f"svix-id=msg_{user_id}" in sent.stdout
     until(lambda: system.rows(user_id))
-    piped = system.command("send", "-", text=deleted(user_id, now_ms()).decode())
+    piped = system.program("send", "-", text=deleted(user_id, now_ms()).decode())
     assert piped.returncode == 0
     until(lambda: not system.rows(user_id))
     refused = system.command("send", str(body), "--secret", "whsec_AAAA")

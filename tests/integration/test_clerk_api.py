@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.events import changed
+from tests.pulling import NO_TLS
 from worker import clerk_api
 from worker.api_budget import ApiBudget
 from worker.clerk_api import ClerkApi
@@ -116,7 +117,7 @@ def calls() -> Calls:
 @pytest.fixture
 def open_api(script: Script, calls: Calls) -> Iterator[Callable[..., ClerkApi]]:
     """Makes clients of the scripted server that note their waits instead of waiting."""
-    with httpx.Client(trust_env=False) as client:
+    with httpx.Client(verify=NO_TLS, trust_env=False) as client:
 
         def make(**changes: Any) -> ClerkApi:
             options: dict[str, Any] = {

@@ -167,6 +167,8 @@ def test_a_deletion_erases_events_that_were_set_aside(db: Connection) -> None:
 
 def test_a_bump_of_the_version_writes_no_json_and_is_a_hot_update(connect: Callable[[], Connection]) -> None:
     connection = connect()
+    # A page that is full of other tests' dead rows would have no room for a HOT update.
+    connection.execute("truncate clerk.users, clerk.user_contents")
 
     def moved(version: int) -> sync.Batch:
         return deliver(connection, changed(version=version, private={"blob": "x" * 1500}, public={"blob": "y" * 4000}))
@@ -229,7 +231,7 @@ def state(connection: Connection) -> Any:
 
 
 @given(history=histories(), data=st.data())
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_and_repetition_ends_in_the_row_of_the_newest(
     db: psycopg.Connection[Any], history: History, data: st.DataObject
 ) -> None:
@@ -257,7 +259,7 @@ def test_any_order_and_repetition_ends_in_the_row_of_the_newest(
 
 
 @given(history=histories(), data=st.data())
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_ends_in_the_same_decisions_and_weights(
     db: psycopg.Connection[Any], history: History, data: st.DataObject
 ) -> None:
@@ -273,7 +275,7 @@ def test_any_order_ends_in_the_same_decisions_and_weights(
 @given(
     contents=st.lists(st.sampled_from(["{}", '{"a":1}', '{"a":2}', '{"b":1}']), min_size=2, max_size=4), data=st.data()
 )
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_even_events_with_equal_clocks_end_alike_in_every_order(
     db: psycopg.Connection[Any], contents: list[str], data: st.DataObject
 ) -> None:

@@ -77,7 +77,7 @@ texts = st.recursive(
     max_leaves=12,
 )
 
-examples = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+examples = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(text=texts)

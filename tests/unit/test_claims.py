@@ -466,7 +466,7 @@ assumptions = st.dictionaries(st.sampled_from([*ASSUMED_BYTES, "org.public_metad
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 def test_any_claims_are_those_that_python_makes_and_sizes_tell_their_weight(data: st.DataObject) -> None:
     body = data.draw(bodies())
     claims = data.draw(templates(body))
@@ -504,7 +504,7 @@ tight: st.SearchStrategy[Any] = st.sampled_from(
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=120)
 def test_bounds_hold_however_tight(data: st.DataObject) -> None:
     values = tight | st.dictionaries(names, tight | st.dictionaries(names, tight, max_size=1), max_size=1)
     body: JSON = {
@@ -531,7 +531,7 @@ def test_bounds_hold_however_tight(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 def test_sizes_tell_the_exact_weight_of_whole_kinds_and_single_fields(data: st.DataObject) -> None:
     body = data.draw(bodies())
     for kind in KINDS:

@@ -400,7 +400,7 @@ contacts = st.fixed_dictionaries(
         },
     )
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_no_profile_makes_an_event_unusable(data: dict[str, Any]) -> None:
     # What json.dumps writes for infinity and not-a-number isn't JSON.
     data = json.loads(json.dumps(data), parse_constant=lambda _: None)
@@ -434,7 +434,7 @@ def test_no_bytes_raise(body: bytes) -> None:
         },
     )
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_no_types_in_the_wrong_places_raise(body: dict[str, Any]) -> None:
     parse_event(json.dumps(body).encode(), instance_id="ins_1")
     parse_user(json.dumps(body.get("data")).encode(), None)

@@ -464,7 +464,7 @@ tokens = st.one_of(
 
 
 @given(st.lists(tokens, max_size=14).map(b"".join))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_scraps_of_json_stay_valid_or_invalid(body: bytes) -> None:
     with patch.object(jsontext, "DEPTH", 1):
         repaired, replaced = holdable(body)
@@ -570,7 +570,7 @@ def rewritten(value: object) -> str:
 
 
 @given(text=texts)
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_the_compact_form_of_any_spelling_means_the_same_and_is_that_of_the_text_rewritten(text: str) -> None:
     body, _ = holdable(text.encode())
     short = compact(body)

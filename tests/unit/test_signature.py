@@ -306,14 +306,14 @@ spoilt_text = st.one_of(
     headers=st.dictionaries(header_names.flatmap(lambda n: st.sampled_from([n, n.title()])), spoilt_text),
     body=st.binary(max_size=50),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_arbitrary_headers_and_bytes_only_ever_raise_signature_error(headers: dict[str, str], body: bytes) -> None:
     with pytest.raises(SignatureError):
         verify(headers, body)
 
 
 @given(name=header_names, value=spoilt_text, body=st.binary(max_size=50))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_one_arbitrary_header_among_good_ones_raises_nothing_else(name: str, value: str, body: bytes) -> None:
     good = sign(SECRET, body, svix_id=ID)
     headers = good | {name: value}

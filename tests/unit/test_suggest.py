@@ -80,7 +80,7 @@ def common_first(of: Iterable[UserChanged]) -> list[str]:
     return sorted(sizes, key=lambda title: (-len(sizes[title]), max(sizes[title]), title))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     of=USERS,
     bases=BASES,

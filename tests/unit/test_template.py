@@ -687,7 +687,7 @@ values = st.recursive(
 
 
 @given(st.dictionaries(strings, values, max_size=5), st.booleans(), st.sampled_from([None, 2]))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_any_object_can_be_looked_at(claims: dict[str, Any], ascii_only: bool, indent: int | None) -> None:
     check(json.dumps(claims, ensure_ascii=ascii_only, indent=indent))
 
