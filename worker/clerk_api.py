@@ -9,9 +9,13 @@ from __future__ import annotations
 import logging
 import random
 import re
+import socket
+import ssl
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -41,7 +45,7 @@ LARGEST_ANSWER: Final = 64 * 1024 * 1024
 
 _TIMEOUTS: Final = httpx.Timeout(30, connect=5)
 _ATTEMPT_SECONDS: Final = 60
-"""How long one answer may take in all: a read time-out never ends an answer that trickles."""
+"""How long one attempt may take in all: a read time-out never ends an answer that trickles, be it in its headers."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 20.0
 """Bounds of the wait before the next attempt; each wait is anything between nothing and its bound."""
@@ -119,11 +123,16 @@ class ClerkApi:
     ) -> None:
         self.calls = 0
         """HTTP requests made so far."""
-        self._headers = {"Authorization": f"Bearer {secret_key}", "Clerk-API-Version": API_VERSION}
+        self._headers = {
+            "Authorization": f"Bearer {secret_key}",
+            "Clerk-API-Version": API_VERSION,
+            "Accept-Encoding": "gzip",
+        }
         self._base_url = base_url.rstrip("/")
         self._take = take
         self._on_retry_after = on_retry_after
-        self._client = client or httpx.Client()
+        self._client = client or _new_client()
+        self._socket: socket.socket | None = None
         self._patience = patience_seconds
         self._sleep = sleep
 
@@ -214,6 +223,10 @@ class ClerkApi:
     def _answer(self, path: str, parameters: Parameters) -> Iterator[httpx.Response]:
         """The answer, whose body is still to be read. The text of httpx's errors is never passed on."""
         self.calls += 1
+        late = threading.Event()
+        timer = threading.Timer(_ATTEMPT_SECONDS, self._cut, (late,))
+        timer.daemon = True
+        timer.start()
         try:
             with self._client.stream(
                 "GET",
@@ -222,6 +235,7 @@ class ClerkApi:
                 headers=self._headers,
                 timeout=_TIMEOUTS,
                 follow_redirects=False,
+                extensions={"trace": self._note_socket},
             ) as response:
                 yield response
         except (httpx.InvalidURL, httpx.UnsupportedProtocol):
@@ -229,7 +243,28 @@ class ClerkApi:
         except httpx.TimeoutException:
             raise _Failed("no answer in time") from None
         except httpx.RequestError as error:
-            raise _Failed(type(error).__name__) from None
+            cause = _cause(error)
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise ConfigError(
+                    "CLERK_API_URL: the certificate that the address shows isn't trusted. Where a proxy of your own "
+                    "shows it, SSL_CERT_FILE names a file of the certificates to trust"
+                ) from None
+            raise _Failed("no whole answer in time" if late.is_set() else type(cause).__name__) from None
+        finally:
+            timer.cancel()
+
+    def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
+        """Remember what the connection is made of: https://www.encode.io/httpcore/extensions/#trace"""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self._socket = info["return_value"].get_extra_info("socket")
+
+    def _cut(self, late: threading.Event) -> None:
+        """End an attempt, from another thread: whoever reads comes to the end."""
+        late.set()
+        if self._socket is not None:
+            with suppress(OSError):
+                # Not TLS's own shutdown: that one spoils the socket for its reader.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def _check(self, response: httpx.Response) -> None:
         """Raise what the status alone tells; what comes back is a 2xx, or a 4xx whose body has codes."""
@@ -239,12 +274,31 @@ class ClerkApi:
             if seconds:
                 self._on_retry_after(seconds)
             raise _Failed("429", seconds)
-        if status >= 500:
+        if status >= 500 or status == 408:
             raise _Failed(str(status))
         if 300 <= status < 400:
             raise ConfigError(f"CLERK_API_URL: the address answers with a redirect ({status}), which isn't followed")
         if status in (401, 403):
             raise ConfigError(f"CLERK_SECRET_KEY: Clerk's API refuses the key ({status})")
+
+
+def _new_client() -> httpx.Client:
+    """Proxies and certificates are the environment's. No proxy leads to this machine, where a stand-in answers."""
+    try:
+        return httpx.Client(mounts={"all://127.0.0.1": None, "all://localhost": None})
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        raise ConfigError(
+            f"HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE: one of them can't be used "
+            f"({type(error).__name__}). A proxy is an http:// or https:// address; SOCKS isn't supported"
+        ) from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong. A ConnectError can be a name, a certificate or a port that nobody listens at."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__cause__ or link.__context__
+    return link or error
 
 
 def _given_up(started: float, last: _Failed) -> ClerkUnavailable:
@@ -255,15 +309,22 @@ def _given_up(started: float, last: _Failed) -> ClerkUnavailable:
 
 
 def _body(response: httpx.Response) -> bytes:
-    body = bytearray()
-    deadline = time.monotonic() + _ATTEMPT_SECONDS
-    for chunk in response.iter_bytes():
-        body += chunk
-        if len(body) > LARGEST_ANSWER:
+    """The body, unpacked no further than it may be large: httpx unpacks whatever comes."""
+    packed = response.headers.get("Content-Encoding", "identity").lower()
+    if packed not in ("identity", "gzip"):
+        raise _Failed("an encoding that wasn't asked for")
+    unpack = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress if packed == "gzip" else None
+    chunks: list[bytes] = []
+    room = LARGEST_ANSWER
+    for chunk in response.iter_raw():
+        try:
+            chunks.append(chunk if unpack is None else unpack(chunk, room + 1))
+        except zlib.error:
+            raise _Failed("not the gzip that it says it is") from None
+        room -= len(chunks[-1])
+        if room < 0:
             raise SyncError(f"Clerk's API answered with more than {LARGEST_ANSWER} bytes: ask for fewer users")
-        if time.monotonic() > deadline:
-            raise _Failed("no whole answer in time")
-    return bytes(body)
+    return b"".join(chunks)
 
 
 def _split(body: bytes) -> tuple[bytes, ...]:
