@@ -54,7 +54,7 @@ def backfill(
         cursor = None if run.cursor is None else Cursor(**run.cursor)
         with runs.recorded(connection, run, lambda: calls + api.calls):
             observe(progress)
-            with ahead(_weighed(policy, read(api, cursor))) as batches:
+            with ahead(_weighed(policy, read(api, cursor, total, run.users))) as batches:
                 for batch, changes in batches:
                     run.calls = calls + api.calls
                     _apply(connection, policy, run, batch, changes)

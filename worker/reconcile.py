@@ -244,7 +244,7 @@ def _full(work: _Work) -> None:
             run.covers = batch.updated_before
         _repair(work, batch.changed, batch.unusable)
 
-    with _sweep(connection, work.api, use) as listed:
+    with _sweep(connection, work.api, work.total, use) as listed:
         total = _find_unswept(connection)
         fresh: list[Unswept] = []
         done = 0
@@ -326,12 +326,12 @@ drop table if exists pg_temp.clerk_swept, pg_temp.clerk_unswept
 
 
 @contextlib.contextmanager
-def _sweep(connection: Connection, api: ClerkApi, use: Callable[[Batch], None]) -> Iterator[list[str]]:
+def _sweep(connection: Connection, api: ClerkApi, total: int, use: Callable[[Batch], None]) -> Iterator[list[str]]:
     """Use every user that Clerk lists, and note for the block whom the sweep met; gives some of them."""
     connection.execute(SWEEPING)
     try:
         listed: list[str] = []
-        with ahead(read(api, None)) as batches:
+        with ahead(read(api, None, total)) as batches:
             for batch in batches:
                 use(batch)
                 met = [user.user_id for user in batch.changed]
@@ -461,7 +461,7 @@ def check(
         drift.compared += len(batch.changed) + len(batch.unusable)
         observe(Progress("comparing", drift.compared, max(total, drift.compared)))
 
-    with _sweep(connection, api, use) as listed:
+    with _sweep(connection, api, total, use) as listed:
         unswept, done = _find_unswept(connection), 0
         for some in _unswept(connection):
             drift.unusable += _unaskable(some)

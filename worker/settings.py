@@ -165,17 +165,22 @@ _SECRET_KEY: Final = re.compile(r"sk_[!-~]+")
 
 def _secret_key(text: str) -> str:
     if not _SECRET_KEY.fullmatch(text):
-        raise ValueError("must begin with sk_live_ or sk_test_, and be all of one line")
+        raise ValueError("must begin with sk_ (sk_live_ or sk_test_), and be all of one line")
     return text
 
 
-_API_URL: Final = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?/?")
+_API_URL: Final = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?/?"
+)
+_THIS_MACHINE: Final = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[::1\]")
 
 
 def _api_url(text: str) -> str:
     found = _API_URL.fullmatch(text)
     if not found or not 0 < int(found["port"] or 443) < 65536:
         raise ValueError("must be http:// or https:// and a host, without a path, such as https://api.clerk.com")
+    if found["scheme"] == "http" and not _THIS_MACHINE.fullmatch(found["host"]):
+        raise ValueError("must be https:// but for this machine, since the secret key is sent there")
     return text.rstrip("/")
 
 

@@ -66,18 +66,26 @@ class _Page:
         return [user.user_id for user in self.users if user.user_id is not None]
 
 
-def read(api: ClerkApi, cursor: Cursor | None) -> Iterator[Batch]:
-    """Every user from a place on, oldest first. Raises what ClerkApi does, and SyncError for a page that can't be."""
-    seen: set[str | bytes] = set() if cursor is None else {cursor.last}
+def read(api: ClerkApi, cursor: Cursor | None, total: int, seen: int = 0) -> Iterator[Batch]:
+    """Every user from a place on, oldest first; `total` is how many Clerk counts, `seen` how many are before the place.
+
+    The list ends with a page that is short; where it seems to end too soon, only with one that brings nobody. Raises
+    what ClerkApi does, and SyncError for a page that can't be, or a list that ends far too soon.
+    """
+    before: set[str | bytes] = set() if cursor is None else {cursor.last}
     ended = False
     while not ended:
         page = _ask(api) if cursor is None else _next(api, cursor)
-        ended = len(page.raw) < MOST_USERS
+        short = len(page.raw) < MOST_USERS
         if page.raw:
-            cursor = _behind(page, cursor, ended=ended)
+            cursor = _behind(page, cursor, ended=short)
         names = [user.user_id or raw for raw, user in zip(page.raw, page.users, strict=True)]
-        new = [user for name, user in zip(names, page.users, strict=True) if name not in seen]
-        seen = set(names)
+        new = [user for name, user in zip(names, page.users, strict=True) if name not in before]
+        before = before | set(names) if short else set(names)
+        seen += len(new)
+        ended = short and (seen >= total or not new)
+        if ended and _too_few(seen, total) and _too_few(seen, api.count()):
+            raise SyncError(f"Clerk counts {total:,} users, and its list ends after {seen:,}: it isn't whole")
         yield Batch(
             tuple(user for user in new if isinstance(user, UserChanged)),
             tuple(user for user in new if isinstance(user, Unusable)),
@@ -85,6 +93,11 @@ def read(api: ClerkApi, cursor: Cursor | None) -> Iterator[Batch]:
             ended,
             page.read_at,
         )
+
+
+def _too_few(seen: int, total: int) -> bool:
+    """Whether so many can't be the whole list: a tenth may be deleted while it is read."""
+    return seen < total * 0.9 - LAST_ONES
 
 
 def _next(api: ClerkApi, cursor: Cursor) -> _Page:

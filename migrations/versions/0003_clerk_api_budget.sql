@@ -21,7 +21,7 @@ returns double precision
 language plpgsql as $$
 declare
   burst constant integer := greatest(1, p_allowed / 10);
-  step constant interval := (10000000 / (p_allowed - burst + 1) + 1) * interval '1 microsecond';
+  step constant interval := (10000000 / (greatest(1, p_allowed) - burst + 1) + 1) * interval '1 microsecond';
   mine clerk.api_budget;
   at timestamptz;
   earliest timestamptz;

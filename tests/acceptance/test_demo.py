@@ -12,7 +12,7 @@ from tests.populations import user
 from worker.db import Connection
 from worker.policy import Policy
 from worker.standin import StandIn
-from worker.users import gate_users
+from worker.users import gate_users, weigh
 
 READ = "select user_id from clerk.user_metadata order by user_id"
 
@@ -21,7 +21,7 @@ def test_the_demonstration_is_right_and_does_nothing_to_other_users_or_with_the_
     connect: Callable[[], Connection], database_url: str, redis_url: str, tmp_path: Path
 ) -> None:
     connection = connect()
-    gate_users(connection, Policy(), [user(user_id="user_of_an_application")])
+    gate_users(connection, Policy(), [weigh(Policy(), one) for one in (user(user_id="user_of_an_application"),)])
     with StandIn("sk_live_of_somebody") as theirs:
         environment = {
             "DATABASE_URL": database_url,

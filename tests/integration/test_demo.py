@@ -11,7 +11,7 @@ from worker.cli.demo import ask, happen_unheard, users
 from worker.db import Connection
 from worker.policy import Policy
 from worker.standin import StandIn
-from worker.users import gate_users
+from worker.users import gate_users, weigh
 
 RUN = "0a1b2c"
 LIVING = "select user_id from clerk.users where deleted_at is null order by user_id"
@@ -21,7 +21,11 @@ def test_only_its_own_users_are_asked_for_and_never_with_the_key_that_is_set(
     connect: Callable[[], Connection], database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connection = connect()
-    gate_users(connection, Policy(), [user(user_id="user_of_an_application"), user(user_id=users(RUN).dan)])
+    gate_users(
+        connection,
+        Policy(),
+        [weigh(Policy(), one) for one in (user(user_id="user_of_an_application"), user(user_id=users(RUN).dan))],
+    )
     with StandIn("sk_live_of_somebody") as theirs, StandIn() as clerk:
         monkeypatch.setenv("CLERK_SECRET_KEY", theirs.secret_key)
         monkeypatch.setenv("CLERK_API_URL", theirs.url)

@@ -176,7 +176,8 @@ def test_what_is_no_secret_key_is_refused_without_showing_it(key: str) -> None:
         ("https://api.clerk.com/", "https://api.clerk.com"),
         ("http://127.0.0.1:8123", "http://127.0.0.1:8123"),
         ("http://[::1]:8123/", "http://[::1]:8123"),
-        ("http://stand-in_1", "http://stand-in_1"),
+        ("http://localhost", "http://localhost"),
+        ("https://stand-in_1", "https://stand-in_1"),
     ],
 )
 def test_the_api_s_address_is_a_host_with_or_without_a_port(given: str, url: str) -> None:
@@ -188,6 +189,8 @@ def test_the_api_s_address_is_a_host_with_or_without_a_port(given: str, url: str
     [
         "api.clerk.com",
         "ftp://api.clerk.com",
+        "http://api.clerk.com",
+        "http://127.0.0.1.example.com",
         "https://",
         "https://api.clerk.com/v1",
         "https://api.clerk.com//",
