@@ -1,4 +1,4 @@
-"""Builds the Celery app: how it talks to the broker, what runs when, and the sweeper beside it."""
+"""Builds the Celery app: how it talks to the broker, what runs when, and the sweeper and the reconciler beside it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from kombu.exceptions import ChannelError
 
 from worker import db, inbox, log, tasks
 from worker.errors import BrokerDown, SyncError
+from worker.reconciler import Reconciler
 from worker.settings import Settings
 from worker.sweeper import Drainer, Sweeper, Watch
 
@@ -26,9 +27,12 @@ QUEUE: Final = "clerk"
 KEEP_APPLIED: Final = timedelta(days=7)
 """Applied events are kept (without their bodies) this long: several times the 27 h 35 min in which Svix retries."""
 
+STOP_SECONDS: Final = 3.0
+"""How long a worker that stops waits for a reconcile to be recorded as cut short; what supervises it is not patient."""
 
-def create_celery(redis_url: str) -> Celery:
-    """A Celery app for senders and workers. It connects to nothing yet."""
+
+def create_celery(redis_url: str, *, reconcile_seconds: int = 0) -> Celery:
+    """A Celery app for senders and workers, by default without the periodic reconcile. It connects to nothing yet."""
     app = Celery("clerk-sync", broker=redis_url, set_as_current=False)
     app.conf.update(
         # Whoever owns the broker can ring the doorbell and nothing else.
@@ -65,16 +69,30 @@ def create_celery(redis_url: str) -> Celery:
             "prune": {"task": tasks.PRUNE, "schedule": 600.0, "options": {"expires": 600}},
         },
     )
+    if reconcile_seconds:
+        app.conf.beat_schedule["reconcile"] = {
+            "task": tasks.RECONCILE,
+            "schedule": float(reconcile_seconds),
+            "options": {"expires": reconcile_seconds},
+        }
     return app
 
 
 def create_worker(settings: Settings) -> Celery:
-    """The app for `celery worker` and `celery beat`, with its tasks and, once a worker starts, its sweeper."""
-    app = create_celery(settings.redis_url)
+    """The app for `celery worker` and `celery beat`, with its tasks and, once a worker starts, its threads."""
+    off = why_off(settings)
+    app = create_celery(settings.redis_url, reconcile_seconds=0 if off else settings.reconcile_seconds)
     drainer = Drainer(lambda: db.connect(settings.database_url, "worker"), settings.policy)
     sweeper = Sweeper(drainer)
     watch = Watch(lambda: waiting(app), drainer.busy)
-    tasks.register(app, drain=lambda: drainer.ring("doorbell"), prune=lambda: _prune(settings.database_url))
+    reconciler = None if off else Reconciler(settings)
+    tasks.register(
+        app,
+        drain=lambda: drainer.ring("doorbell"),
+        prune=lambda: _prune(settings.database_url),
+        # Another host's beat may ring where this worker has no key.
+        reconcile=reconciler.ring if reconciler else lambda: None,
+    )
 
     def set_up_logging(**_: Any) -> None:
         log.configure(settings.log_format, settings.log_level)
@@ -82,16 +100,29 @@ def create_worker(settings: Settings) -> Celery:
     def start(**_: Any) -> None:
         sweeper.start()
         watch.start()
+        if reconciler:
+            reconciler.start()
+        else:
+            logger.info("the periodic reconcile is off", extra={"reason": off})
 
     def stop(**_: Any) -> None:
         sweeper.stop()
         watch.stop()
+        if reconciler:
+            reconciler.stop()
+
+    def end(**_: Any) -> None:
+        if reconciler:
+            reconciler.stop()
+            reconciler.join(STOP_SECONDS)
 
     def heard(**_: Any) -> None:
         watch.heard()
 
     def forked(**_: Any) -> None:
         drainer.reset()
+        if reconciler:
+            reconciler.reset()
 
     # weak=False: nothing else holds these functions.
     signals.setup_logging.connect(set_up_logging, weak=False)
@@ -99,8 +130,20 @@ def create_worker(settings: Settings) -> Celery:
     signals.worker_init.connect(start, weak=False)
     signals.task_received.connect(heard, weak=False)
     signals.worker_shutting_down.connect(stop, weak=False)
+    # Once no task runs any more; and in a forked process, which Celery tells nothing else.
+    signals.worker_shutdown.connect(end, weak=False)
+    signals.worker_process_shutdown.connect(end, weak=False)
     signals.worker_process_init.connect(forked, weak=False)
     return app
+
+
+def why_off(settings: Settings) -> str | None:
+    """Why there is no periodic reconcile; None where there is one."""
+    if not settings.reconcile_seconds:
+        return "RECONCILE_SECONDS is 0"
+    if not settings.secret_key:
+        return "CLERK_SECRET_KEY is missing"
+    return None
 
 
 def waiting(app: Celery) -> int | None:

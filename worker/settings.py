@@ -38,6 +38,7 @@ class Settings:
     secret_key: str = field(default="", repr=False)
     api_url: str = "https://api.clerk.com"
     api_share: float = 0.5
+    reconcile_seconds: int = 300
     instance_id: str | None = None
     policy: Policy = field(default_factory=Policy)
     port: int = 8000
@@ -68,6 +69,7 @@ class Settings:
             secret_key=reader.read("CLERK_SECRET_KEY", _secret_key, "", secret=True),
             api_url=reader.read("CLERK_API_URL", _api_url, "https://api.clerk.com"),
             api_share=reader.read("CLERK_API_SHARE", _share, 0.5),
+            reconcile_seconds=reader.read("RECONCILE_SECONDS", _integer(0, 86_400), 300),
             instance_id=reader.read("CLERK_INSTANCE_ID", str, None),
             policy=Policy(
                 private=reader.read("COPY_PRIVATE", _one_of(Copy), Copy.ALWAYS),

@@ -1,6 +1,6 @@
 """The Celery tasks. None takes an argument or returns anything: a message says that there is work, never what.
 
-They don't retry themselves: the sweeper of the same process tries again with back-off, and needs no broker for it.
+They don't retry themselves: the sweeper and the reconciler of the same process try again, and need no broker for it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ log = logging.getLogger(__name__)
 
 DRAIN: Final = "clerk.drain"
 PRUNE: Final = "clerk.prune"
+RECONCILE: Final = "clerk.reconcile"
 
 
-def register(app: Celery, *, drain: Callable[[], Any], prune: Callable[[], Any]) -> None:
+def register(app: Celery, *, drain: Callable[[], Any], prune: Callable[[], Any], reconcile: Callable[[], Any]) -> None:
     """Give the app its tasks: what to do is passed in."""
 
     # shared=False: or Celery gives them to every other app of the process as well.
@@ -30,6 +31,10 @@ def register(app: Celery, *, drain: Callable[[], Any], prune: Callable[[], Any])
     @app.task(name=PRUNE, shared=False)
     def _prune() -> None:
         _run(PRUNE, prune)
+
+    @app.task(name=RECONCILE, shared=False)
+    def _reconcile() -> None:
+        _run(RECONCILE, reconcile)
 
 
 def _run(name: str, work: Callable[[], Any]) -> None:

@@ -214,6 +214,18 @@ def test_our_share_of_the_api_s_rate_can_be_set(given: str, share: float) -> Non
     assert Settings.from_env({"CLERK_API_SHARE": given}).api_share == share
 
 
+@pytest.mark.parametrize(("given", "seconds"), [("", 300), ("0", 0), ("1", 1), ("86400", 86_400)])
+def test_the_time_between_reconciles_can_be_set_and_0_is_off(given: str, seconds: int) -> None:
+    assert Settings.from_env({"RECONCILE_SECONDS": given}).reconcile_seconds == seconds
+
+
+@pytest.mark.parametrize("given", ["-1", "86401", "1.5", "5m", "off"])
+def test_a_time_between_reconciles_that_is_none_is_refused(given: str) -> None:
+    assert problems(COMPLETE | {"RECONCILE_SECONDS": given}) == (
+        "RECONCILE_SECONDS: must be a whole number from 0 to 86400",
+    )
+
+
 @pytest.mark.parametrize("given", ["0", "0.009", "1.01", "-0.5", "nan", "inf", "50%", "1e-1", "0,5", "."])
 def test_a_share_that_is_none_is_refused(given: str) -> None:
     (found,) = problems(COMPLETE | {"CLERK_API_SHARE": given})

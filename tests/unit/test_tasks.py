@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from worker.app import create_celery
+from worker.app import create_celery, create_worker, why_off
 from worker.errors import SyncError
-from worker.tasks import DRAIN, PRUNE, register
+from worker.settings import Settings
+from worker.tasks import DRAIN, PRUNE, RECONCILE, register
 
 
 def test_a_failure_is_told_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
     app = create_celery("memory://")
-    register(app, drain=lambda: int("c4nary"), prune=lambda: None)
+    register(app, drain=lambda: int("c4nary"), prune=lambda: None, reconcile=lambda: None)
     with pytest.raises(SyncError, match=r"clerk\.drain failed: ValueError") as caught:
         app.tasks[DRAIN]()
     assert caught.value.__cause__ is None
@@ -24,14 +25,37 @@ def test_our_own_errors_say_what_they_say() -> None:
     def refuse() -> None:
         raise SyncError("run clerk-sync migrate")
 
-    register(app, drain=refuse, prune=refuse)
-    for name in (DRAIN, PRUNE):
+    register(app, drain=refuse, prune=refuse, reconcile=refuse)
+    for name in (DRAIN, PRUNE, RECONCILE):
         with pytest.raises(SyncError, match="run clerk-sync migrate"):
             app.tasks[name]()
 
 
 def test_a_task_takes_no_argument() -> None:
     app = create_celery("memory://")
-    register(app, drain=lambda: None, prune=lambda: None)
-    with pytest.raises(TypeError):
-        app.tasks[DRAIN]("anything")
+    register(app, drain=lambda: None, prune=lambda: None, reconcile=lambda: None)
+    for name in (DRAIN, PRUNE, RECONCILE):
+        with pytest.raises(TypeError):
+            app.tasks[name]("anything")
+
+
+def test_the_reconcile_is_rung_for_every_so_often_and_a_late_ring_is_dropped() -> None:
+    schedule = create_celery("memory://", reconcile_seconds=300).conf.beat_schedule
+    assert schedule["reconcile"] == {"task": RECONCILE, "schedule": 300.0, "options": {"expires": 300}}
+    assert create_celery("memory://").conf.beat_schedule.keys() == {"drain", "prune"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (Settings(redis_url="memory://", secret_key="sk_test_x", reconcile_seconds=60), None),
+        (Settings(redis_url="memory://", secret_key="sk_test_x", reconcile_seconds=0), "RECONCILE_SECONDS is 0"),
+        (Settings(redis_url="memory://", reconcile_seconds=60), "CLERK_SECRET_KEY is missing"),
+    ],
+)
+def test_the_reconcile_is_off_where_it_is_switched_off_or_cannot_be(settings: Settings, reason: str | None) -> None:
+    assert why_off(settings) == reason
+    app = create_worker(settings)
+    assert ("reconcile" in app.conf.beat_schedule) == (reason is None)
+    if reason:
+        app.tasks[RECONCILE]()  # rung by another host's beat, it does nothing
