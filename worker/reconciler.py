@@ -28,6 +28,8 @@ LOOK_SECONDS: Final = 60.0
 """How often to look whether a run is overdue; more often where runs are."""
 
 OVERDUE_INTERVALS: Final = 2
+RING_INTERVALS: Final = 0.5
+"""A ring sooner after the last run does nothing: there may be several beats, and the broker's owner rings at will."""
 
 
 class Stopping(SyncError):
@@ -41,7 +43,6 @@ class Reconciler:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._look_seconds = min(LOOK_SECONDS, settings.reconcile_seconds)
-        self._overdue_seconds = OVERDUE_INTERVALS * settings.reconcile_seconds
         self.reset()
 
     def reset(self) -> None:
@@ -110,7 +111,8 @@ class Reconciler:
             problem = db.schema_problem(db.schema_version(connection))
             if problem:
                 raise SyncError(problem)
-            if rung or runs.overdue(connection, self._overdue_seconds):
+            intervals = RING_INTERVALS if rung else OVERDUE_INTERVALS
+            if runs.overdue(connection, intervals * self._settings.reconcile_seconds):
                 return _newest(connection)
         return None
 

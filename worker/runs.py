@@ -75,7 +75,7 @@ def _run(row: dict[str, Any]) -> Run:
     return Run(**{**row, "counters": Counter(row["counters"])})
 
 
-# 1668048242 is "clkr" in ASCII. Two numbers, so that it is seen in pg_locks.
+# clerk.run_is_under_way looks for the same numbers.
 LOCK = """
 select pg_try_advisory_lock(1668048242, 1)
 """
@@ -171,14 +171,14 @@ def daily_due(connection: Connection) -> bool:
 
 
 OVERDUE = """
-select not exists (
+select not clerk.run_is_under_way() and not exists (
   select from clerk.runs where greatest(started_at, finished_at) > now() - make_interval(secs => %(seconds)s)
 )
 """
 
 
 def overdue(connection: Connection, seconds: float) -> bool:
-    """Whether no run began or ended for so long."""
+    """Whether no run is under way, and none began or ended for so long."""
     return connection.execute(OVERDUE, {"seconds": seconds}).fetchone() == (True,)
 
 
@@ -335,11 +335,7 @@ class Overview:
 OVERVIEW = """
 select
   id, kind, cause, state, started_at, finished_at, covers, cursor, counters, unusable, calls, error,
-  state = 'running' and exists (
-    select from pg_locks
-    where locktype = 'advisory' and classid = 1668048242 and objid = 1 and objsubid = 2 and granted
-      and database = (select oid from pg_database where datname = current_database())
-  ) as running,
+  state = 'running' and clerk.run_is_under_way() as running,
   (select max(finished_at) from clerk.runs where kind = last.kind and state = 'done') as done_at
 from (select distinct on (kind) * from clerk.runs order by kind, id desc) as last
 order by id desc

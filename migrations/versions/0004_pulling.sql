@@ -17,6 +17,16 @@ create table clerk.runs (
 -- A run whose process was killed stays 'running' until the next one begins; whether one is, an advisory lock tells.
 create index runs_latest on clerk.runs (kind, id desc);
 
+-- run_is_under_way tells whether somebody holds the advisory lock of all runs (1668048242 is "cler" in ASCII).
+create function clerk.run_is_under_way() returns boolean
+language sql stable as $$
+  select exists (
+    select from pg_locks
+    where locktype = 'advisory' and classid = 1668048242 and objid = 1 and objsubid = 2 and granted
+      and database = (select oid from pg_database where datname = current_database())
+  )
+$$;
+
 -- compare_users tells how users stand here, without writing: one element of each array for each user, as Clerk has
 -- them. p_weighed_by is the fingerprint of the settings they are to be weighed by. The difference for each user:
 --   missing     there is no row
@@ -52,4 +62,4 @@ language sql stable as $$
   left join clerk.users on users.user_id = event.user_id
 $$;
 
-revoke all on function clerk.compare_users from public;
+revoke all on function clerk.run_is_under_way, clerk.compare_users from public;

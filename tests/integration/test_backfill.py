@@ -136,7 +136,7 @@ def test_a_list_that_seems_to_end_too_soon_is_read_on(connection: Connection, cl
             return Answer(200, rendered(json.loads(answer.body)[:-7]))
         return answer
 
-    clerk.answer = cut_short  # type: ignore[method-assign]
+    clerk.answer = cut_short  # type: ignore[method-assign, assignment]
     run = backfill(connection, Policy(), api)
     assert here(connection) == set(ids)
     assert counters(run) == {"applied": 1_200}
@@ -154,7 +154,7 @@ def test_a_list_that_ends_far_too_soon_is_not_taken_for_whole(
             return Answer(200, rendered([user for user in json.loads(answer.body) if user["id"] in listed]))
         return answer
 
-    clerk.answer = cut_short  # type: ignore[method-assign]
+    clerk.answer = cut_short  # type: ignore[method-assign, assignment]
     with pytest.raises(SyncError, match="isn't whole"):
         backfill(connection, Policy(), api)
     assert [(state, error) for _, state, _, error, *_ in connection.execute(RUNS)] == [
