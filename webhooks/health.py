@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import psycopg
 
-from worker import inbox
+from worker import inbox, runs
 from worker.db import Connection, deadline, describe, schema_problem, schema_version
 
 LIMIT_SECONDS: Final = 3.0
@@ -29,9 +29,9 @@ class Health:
         return [problem] if problem else []
 
     def counts(self) -> dict[str, Any] | None:
-        """What the inbox counts; None where Postgres doesn't answer."""
+        """What the inbox counts, and how the `runs` stand; None where Postgres doesn't answer."""
         try:
             with self._connect() as connection, deadline(connection, LIMIT_SECONDS):
-                return inbox.counts(connection)
+                return inbox.counts(connection) | {"runs": runs.overview(connection)}
         except psycopg.Error:
             return None

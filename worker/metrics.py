@@ -1,8 +1,8 @@
 """What is measured, by prometheus-client: right over several processes of one host when they share
 `PROMETHEUS_MULTIPROC_DIR`. Never a user id as a label.
 
-What Postgres knows (events by state, the oldest pending one, users, tombstones) is asked there at each scrape, so it
-is right over any number of hosts.
+What Postgres knows (events by state, the oldest pending one, users, tombstones, runs) is asked there at each scrape,
+so it is right over any number of hosts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess, values
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from worker.runs import Overview
 from worker.sync import Batch
 
 # prometheus-client opens its files as soon as a metric is made, which is below, and doesn't make their folder.
@@ -60,7 +61,7 @@ def observe_batch(batch: Batch) -> None:
 
 
 def render(counts: dict[str, Any] | None) -> bytes:
-    """The Prometheus text; `counts` is what the inbox counted, None where Postgres didn't answer."""
+    """The Prometheus text; `counts` is what Health counted, None where Postgres didn't answer."""
     registry = CollectorRegistry()
     if values.ValueClass is not values.MutexValue:
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
@@ -95,3 +96,41 @@ class _Counted:
             gauge = GaugeMetricFamily(f"clerk_sync_{name}", help_text)
             gauge.add_metric([], self._counts[name])
             yield gauge
+        yield from _runs(self._counts["runs"])
+
+
+def _runs(overviews: list[Overview]) -> Iterator[Metric]:
+    """How the last runs of each kind stand. Without a series for what never was."""
+
+    def gauge(name: str, help_text: str, values: dict[str, float]) -> Metric:
+        family = GaugeMetricFamily(f"clerk_sync_run_{name}", help_text, labels=["kind"])
+        for kind, value in values.items():
+            family.add_metric([kind], value)
+        return family
+
+    done = {one.last.kind: one.done for one in overviews if one.done is not None}
+    yield gauge(
+        "last_done_timestamp_seconds",
+        "When a run of this kind, which pulls from Clerk, was last done: seconds since 1970",
+        {kind: run.finished_at.timestamp() for kind, run in done.items() if run.finished_at is not None},
+    )
+    yield gauge(
+        "last_failed",
+        "1 where the last run of this kind failed or was cut short",
+        {one.last.kind: one.failed for one in overviews},
+    )
+    yield gauge(
+        "running",
+        "1 while a run of this kind is under way",
+        {one.last.kind: one.running for one in overviews},
+    )
+    yield gauge(
+        "repaired_users",
+        "Users that differed from Clerk's in the last run of this kind that was done, and were repaired",
+        {kind: run.found for kind, run in done.items()},
+    )
+    yield gauge(
+        "calls",
+        "Calls to Clerk's API that the last run of this kind that was done took",
+        {kind: run.calls for kind, run in done.items()},
+    )

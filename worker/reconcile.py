@@ -27,9 +27,7 @@ from worker.refresh import UNASKABLE, settle
 from worker.runs import FULL, INCREMENTAL, Run
 from worker.sweep import CLOCKS_APART_MS, Batch, ahead, read
 
-DRIFT: Final = ("missing", "outdated", "incomplete", "gone")
-"""How a user here can differ from Clerk's: not here; older or different here; without a kind of metadata that is to be
-kept; or gone at Clerk."""
+DRIFT: Final = runs.DRIFT
 
 REPAIRED: Final = frozenset({"missing", "outdated", "incomplete", "unweighed"})
 """The differences for which a user passes the gate."""

@@ -25,6 +25,10 @@ KINDS: Final = (BACKFILL, FULL, INCREMENTAL)
 SEEN: Final = ("applied", "unchanged", "older", "tombstoned", "unusable")
 """The counters of which each user that a run has been through is in one."""
 
+DRIFT: Final = ("missing", "outdated", "incomplete", "gone")
+"""The counters of how users here differed from Clerk's: not here; older or different here; without a kind of metadata
+that is to be kept; or gone at Clerk."""
+
 OUTCOMES: Final = {"applied": "applied", "unchanged": "unchanged", "older": "older", "deleted": "tombstoned"}
 """The counters of the gate's outcomes."""
 
@@ -59,6 +63,11 @@ class Run:
     def users(self) -> int:
         """How many users it has been through."""
         return sum(self.counters[name] for name in SEEN)
+
+    @property
+    def found(self) -> int:
+        """How many users differed from Clerk's."""
+        return sum(self.counters[name] for name in DRIFT)
 
     def count(self, outcomes: Iterable[str]) -> None:
         """Count users by the gate's outcomes."""
@@ -131,16 +140,16 @@ def _running(connection: Connection) -> str:
 LATEST = """
 select id, kind, cause, state, started_at, finished_at, covers, cursor, counters, unusable, calls, error
 from clerk.runs
-where kind = %(kind)s
+where kind = %(kind)s and (state = 'done' or not %(done)s)
 order by id desc
 limit 1
 """
 
 
-def latest(connection: Connection, kind: str) -> Run | None:
-    """The last run of a kind."""
+def latest(connection: Connection, kind: str, *, done: bool = False) -> Run | None:
+    """The last run of a kind; the last one that is `done`."""
     with connection.cursor(row_factory=dict_row) as cursor:
-        row = cursor.execute(LATEST, {"kind": kind}).fetchone()
+        row = cursor.execute(LATEST, {"kind": kind, "done": done}).fetchone()
     return None if row is None else _run(row)
 
 
@@ -325,18 +334,30 @@ def record_failure(connection: Connection, kind: str, error: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """How the runs of one kind stand: the last one, whether it is `running` now, and when one was last done."""
+    """How the runs of one kind stand: the last one, whether it is `running` now, and the last one that was `done`; all
+    `at` this moment of the database's clock."""
 
     last: Run
     running: bool
-    done_at: datetime | None
+    done: Run | None
+    at: datetime
+
+    @property
+    def state(self) -> str:
+        """That of the last one: running, done or failed; cut short where its process or its connection ended."""
+        return "cut short" if self.last.state == "running" and not self.running else self.last.state
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last one came to no end."""
+        return self.state in ("failed", "cut short")
 
 
 OVERVIEW = """
 select
   id, kind, cause, state, started_at, finished_at, covers, cursor, counters, unusable, calls, error,
   state = 'running' and clerk.run_is_under_way() as running,
-  (select max(finished_at) from clerk.runs where kind = last.kind and state = 'done') as done_at
+  now() as at
 from (select distinct on (kind) * from clerk.runs order by kind, id desc) as last
 order by id desc
 """
@@ -346,4 +367,9 @@ def overview(connection: Connection) -> list[Overview]:
     """How the runs of each kind stand, the latest first."""
     with connection.cursor(row_factory=dict_row) as cursor:
         rows = cursor.execute(OVERVIEW).fetchall()
-    return [Overview(running=row.pop("running"), done_at=row.pop("done_at"), last=_run(row)) for row in rows]
+    found = []
+    for row in rows:
+        running, at, last = row.pop("running"), row.pop("at"), _run(row)
+        done = last if last.state == "done" else latest(connection, last.kind, done=True)
+        found.append(Overview(last, running, done, at))
+    return found

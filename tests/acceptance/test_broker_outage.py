@@ -98,5 +98,6 @@ def test_system_whose_redis_was_never_there_serves_and_stops(new_system: Callabl
         "Postgres": True,
         "schema": True,
         "broker": False,
+        "reconcile": True,
     }
     assert system.stop() == 0

@@ -23,6 +23,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "budget": ("worker.cli.budget", "See what the session token carries; find a template that fits."),
     "erase": ("worker.cli.erase", "Erase one user, as the user.deleted event would."),
     "backfill": ("worker.cli.backfill", "Pull every user from Clerk's API."),
+    "reconcile": ("worker.cli.reconcile", "Compare users with Clerk's, and repair what differs."),
     "refresh": ("worker.cli.refresh", "Bring users up to date from Clerk's API, now."),
     "events": ("worker.cli.events", "Look at the inbox; retry what was set aside."),
 }
@@ -53,9 +54,10 @@ class _Lazy(click.Group):
         except SyncError as error:
             click.echo(f"clerk-sync: {error}", err=True)
             sys.exit(1)
-        except KeyboardInterrupt:
-            # A terminal has just shown ^C.
-            click.echo("\nStopped." if sys.stderr.isatty() else "Stopped.", err=True)
+        except KeyboardInterrupt as stopped:
+            # A terminal has just shown ^C. What stays of what was done, the command may have said.
+            said = " ".join(map(str, ("Stopped.", *stopped.args)))
+            click.echo(f"\n{said}" if sys.stderr.isatty() else said, err=True)
             sys.exit(130)
 
 

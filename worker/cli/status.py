@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from worker import db, inbox
+from worker import db, inbox, runs
 from worker.app import create_celery, waiting
+from worker.cli.history import age, listed, table
 from worker.cli.options import info_option, json_option, settings, to_json
 from worker.errors import ConfigError
+from worker.runs import BACKFILL, Overview
 from worker.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that must hold; `problem` says what to do where it doesn't."""
+    """One thing that must hold; `problem` says what to do where it doesn't, `off` why it is turned off."""
 
     name: str
     problem: str | None
+    off: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Known:
+    """What Postgres knows."""
+
+    counts: dict[str, Any]
+    runs: list[Overview]
 
 
 @click.command()
@@ -34,51 +47,85 @@ class Check:
 def status(*, info: Path | None, as_json: bool) -> None:
     """Show whether everything works and the data is fresh.
 
-    Checks the configuration, Postgres with its schema, and the broker, and counts the inbox and the users. Exits 1
-    where a check fails. Events that were set aside are shown but fail nothing: see clerk-sync events list. Missing
-    are users with metadata that is to be copied and comes only with their next event.
+    Checks the configuration, Postgres with its schema, the broker, and that users were compared with Clerk's of late;
+    counts the inbox and the users, and shows the last runs that pulled from Clerk. Exits 1 where a check fails. Events
+    that were set aside are shown but fail nothing: see clerk-sync events list. Missing are users with metadata that is
+    to be copied and comes only with their next event, or by clerk-sync refresh --missing.
     """
     found = settings(info, "database_url", claims=False)
-    checks, counts = _look(found, info)
+    checks, known = _look(found, info)
     ok = not any(check.problem for check in checks)
     if as_json:
-        listed = [{"name": check.name, "ok": check.problem is None, "problem": check.problem} for check in checks]
-        click.echo(to_json({"ok": ok, "checks": listed, "counts": counts}))
+        told = [{**dataclasses.asdict(check), "ok": check.problem is None} for check in checks]
+        runs_told = [listed(one) for one in known.runs] if known else None
+        click.echo(to_json({"ok": ok, "checks": told, "counts": known and known.counts, "runs": runs_told}))
     else:
-        _print(checks, counts)
+        _print(checks, known)
     sys.exit(0 if ok else 1)
 
 
-def _look(found: Settings, info: Path | None) -> tuple[list[Check], dict[str, Any] | None]:
+def _look(found: Settings, info: Path | None) -> tuple[list[Check], Known | None]:
     try:
         settings(info, "signing_secrets", "database_url", "redis_url")
         checks = [Check("configuration", None)]
     except ConfigError as error:
         checks = [Check("configuration", str(error))]
-    counts: dict[str, Any] | None = None
+    known: Known | None = None
     try:
         with db.connect(found.database_url, "cli", statement_ms=10_000) as connection:
             problem = db.schema_problem(db.schema_version(connection))
             checks += [Check("Postgres", None), Check("schema", problem)]
             if problem is None:
-                counts = inbox.counts(connection)
+                known = Known(inbox.counts(connection), runs.overview(connection))
     except psycopg.Error as error:
         checks.append(Check("Postgres", f"doesn't answer: {db.describe(error)}"))
     if found.redis_url:
         heard = waiting(create_celery(found.redis_url)) is not None
         checks.append(Check("broker", None if heard else "doesn't answer: events are applied by sweeps, within 10 s"))
-    return checks, counts
+    if known:
+        checks.append(_reconciled(found, known.runs))
+    return checks, known
 
 
-def _print(checks: list[Check], counts: dict[str, Any] | None) -> None:
+def _reconciled(found: Settings, overviews: Sequence[Overview]) -> Check:
+    """Whether users are compared with Clerk's as often as they should be; the latest run comes first."""
+    name = "reconcile"
+    if not found.secret_key:
+        return Check(name, None, off="CLERK_SECRET_KEY isn't set")
+    if overviews and overviews[0].failed:
+        return Check(name, _failed(overviews[0]))
+    if not found.reconcile_seconds:
+        return Check(name, None, off="RECONCILE_SECONDS is 0")
+    if any(one.running for one in overviews):
+        return Check(name, None)
+    passed = [one.at - one.done.finished_at for one in overviews if one.done and one.done.finished_at]
+    if passed and min(passed) <= timedelta(seconds=3 * found.reconcile_seconds + 60):
+        return Check(name, None)
+    late = f"no run was done for {age(min(passed))}" if passed else "no run was ever done"
+    return Check(
+        name,
+        f"{late}, and one is due every {found.reconcile_seconds} s: are the workers there, with CLERK_SECRET_KEY? "
+        "To run one now: clerk-sync reconcile",
+    )
+
+
+def _failed(overview: Overview) -> str:
+    run = overview.last
+    reason = f"failed: {run.error}" if run.state == "failed" else "was cut short: its process or its connection ended"
+    again = "backfill" if run.kind == BACKFILL else "reconcile"
+    return f"the last run ({run.kind}) {reason}. To try again: clerk-sync {again}"
+
+
+def _print(checks: list[Check], known: Known | None) -> None:
     console = Console()
-    table = Table(box=None, pad_edge=False, show_header=False)
+    marks = Table(box=None, pad_edge=False, show_header=False)
     for check in checks:
-        mark = Text("ok", "green") if check.problem is None else Text("failed", "red")
-        table.add_row(check.name, mark, Text(check.problem or ""))
-    console.print(table)
-    if counts is None:
+        mark = Text("off", "dim") if check.off else Text("failed", "red") if check.problem else Text("ok", "green")
+        marks.add_row(check.name, mark, Text(check.problem or check.off or ""))
+    console.print(marks)
+    if known is None:
         return
+    counts = known.counts
     numbers = Table(box=None, pad_edge=False)
     for name in ("pending", "oldest pending", "dead", "done", "users", "over budget", "missing", "tombstones"):
         numbers.add_column(name, justify="right")
@@ -94,3 +141,6 @@ def _print(checks: list[Check], counts: dict[str, Any] | None) -> None:
     )
     console.print()
     console.print(numbers)
+    if known.runs:
+        console.print()
+        console.print(table(known.runs))
