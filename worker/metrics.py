@@ -116,7 +116,7 @@ def _runs(overviews: list[Overview]) -> Iterator[Metric]:
     )
     yield gauge(
         "last_failed",
-        "1 where the last run of this kind failed or was cut short",
+        "1 where the last run of this kind failed or was cut short, and no full one was done since",
         {one.last.kind: one.failed for one in overviews},
     )
     yield gauge(

@@ -80,10 +80,14 @@ class Reconciler:
         return thread is None or not thread.is_alive()
 
     def _attend(self) -> None:
+        # At once: a worker may be started more often than a run is due.
+        rung = False
         while not self._stopped.is_set():
-            rung = self._rung.wait(self._look_seconds)
-            self._rung.clear()
-            if not self._stopped.is_set() and self._look(rung=rung):
+            if self._look(rung=rung):
+                self._rung.clear()
+            # Looked at after that: who stops sets this one first.
+            if not self._stopped.is_set():
+                rung = self._rung.wait(self._look_seconds)
                 self._rung.clear()
 
     def _look(self, *, rung: bool) -> bool:

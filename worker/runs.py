@@ -334,11 +334,12 @@ def record_failure(connection: Connection, kind: str, error: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """How the runs of one kind stand: the last one, whether it is `running` now, and the last one that was `done`; all
-    `at` this moment of the database's clock."""
+    """How the runs of one kind stand: the last one, whether it is `running` now, whether it is `made_up` for by a full
+    one since, and the last one that was `done`; all `at` this moment of the database's clock."""
 
     last: Run
     running: bool
+    made_up: bool
     done: Run | None
     at: datetime
 
@@ -349,14 +350,15 @@ class Overview:
 
     @property
     def failed(self) -> bool:
-        """Whether the last one came to no end."""
-        return self.state in ("failed", "cut short")
+        """Whether the last one came to no end, and nothing has made up for it."""
+        return self.state in ("failed", "cut short") and not self.made_up
 
 
 OVERVIEW = """
 select
   id, kind, cause, state, started_at, finished_at, covers, cursor, counters, unusable, calls, error,
   state = 'running' and clerk.run_is_under_way() as running,
+  exists (select from clerk.runs where kind = 'full' and state = 'done' and id > last.id) as made_up,
   now() as at
 from (select distinct on (kind) * from clerk.runs order by kind, id desc) as last
 order by id desc
@@ -369,7 +371,7 @@ def overview(connection: Connection) -> list[Overview]:
         rows = cursor.execute(OVERVIEW).fetchall()
     found = []
     for row in rows:
-        running, at, last = row.pop("running"), row.pop("at"), _run(row)
+        running, made_up, at, last = row.pop("running"), row.pop("made_up"), row.pop("at"), _run(row)
         done = last if last.state == "done" else latest(connection, last.kind, done=True)
-        found.append(Overview(last, running, done, at))
+        found.append(Overview(last, running, made_up, done, at))
     return found

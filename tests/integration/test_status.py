@@ -28,6 +28,16 @@ def connection(connect: Connect) -> Connection:
     return connect()
 
 
+def test_a_later_full_run_makes_up_for_a_failed_one(connection: Connection, clerk: StandIn) -> None:
+    runs.record_failure(connection, runs.INCREMENTAL, "no answer")
+    assert [one.failed for one in runs.overview(connection)] == [True]
+    full = runs.begin(connection, runs.FULL, "small")
+    assert {one.last.kind: one.failed for one in runs.overview(connection)}[runs.INCREMENTAL]
+    full.state = "done"
+    runs.save(connection, full)
+    assert not any(one.failed for one in runs.overview(connection))
+
+
 @pytest.fixture
 def env(clerk: StandIn, database_url: str) -> dict[str, Any]:
     return environment(clerk, database_url, REDIS_URL=None, REDIS_URL_FILE=None, RECONCILE_SECONDS="100")
