@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 from collections.abc import Callable
 from typing import Any, Final
@@ -9,9 +10,13 @@ from typing import Any, Final
 import httpx
 from click.testing import CliRunner, Result
 
+from tests.events import deleted, envelope, incoming
+from worker import inbox, sync
 from worker.clerk_api import ClerkApi
 from worker.cli import main
-from worker.standin import StandIn
+from worker.db import Connection
+from worker.policy import Policy
+from worker.standin import StandIn, now_ms
 
 LIVE: Final = "sk_live_of_these_tests"
 """A key of a live instance: its budget is large enough not to be noticed."""
@@ -47,3 +52,18 @@ def environment(clerk: StandIn, database_url: str, **changes: str | None) -> dic
 def command(*arguments: str, env: dict[str, Any]) -> Result:
     """Run `clerk-sync ...` in this process. What it doesn't catch is raised."""
     return CliRunner(catch_exceptions=False).invoke(main, arguments, env=env)
+
+
+def webhook(clerk: StandIn, user_id: str, *, after_ms: int = 15) -> bytes:
+    """The event that tells of a user as Clerk has them now, or that Clerk has them no more."""
+    found = clerk._users.by_id.get(user_id)
+    if found is None:
+        return deleted(user_id, now_ms())
+    user = json.loads(found.body)
+    return envelope("user.updated", user, user["updated_at"] + after_ms)
+
+
+def deliver(connection: Connection, *bodies: bytes, policy: Policy | None = None) -> None:
+    """Record events, in this order, and apply them."""
+    inbox.record(connection, [incoming(body) for body in bodies])
+    sync.drain(connection, policy or Policy())
