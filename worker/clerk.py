@@ -88,7 +88,7 @@ def look_up(api: ClerkApi, user_ids: Sequence[str]) -> LookedUp:
     answer = LookedUp()
     if not user_ids:
         return answer
-    page = api.users(order_by="-created_at", user_ids=user_ids)
+    page = api.users(order_by="-created_at", limit=len(user_ids), user_ids=user_ids)
     answer.read_at = page.read_at
     nameless: list[Unusable] = []
     for user in (parse_user(text, page.read_at) for text in page.users):

@@ -194,8 +194,11 @@ def _incremental(work: _Work, since: int) -> bool:
         for user in changed:
             known = 0 if differences.get(user.user_id) in ("missing", "outdated") else known + 1
             past = past or user.version <= since
-        if len(page.users) < MOST_USERS or (past and known >= ENOUGH):
+        if past and known >= ENOUGH:
             return True
+        if len(page.users) < MOST_USERS:
+            # The end, or fewer users than were asked for: what lies behind them, a sweep finds out.
+            return offset + len(page.users) >= work.total
         offset += MOST_USERS - OVERLAP
     return False
 
@@ -325,7 +328,8 @@ drop table if exists pg_temp.clerk_swept, pg_temp.clerk_unswept
 
 @contextlib.contextmanager
 def _sweep(connection: Connection, api: ClerkApi, total: int, use: Callable[[Batch], None]) -> Iterator[list[str]]:
-    """Use every user that Clerk lists, and note for the block whom the sweep met; gives some of them."""
+    """Use every user that Clerk lists, `total` of them, and note for the block whom the sweep met; gives some of
+    those."""
     connection.execute(SWEEPING)
     try:
         listed: list[str] = []
