@@ -514,6 +514,37 @@ def test_empty_answers_about_single_users_erase_nobody(connection: Connection, c
 
 
 @pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("page", [1, 3])
+def test_a_page_that_is_short_is_not_the_end_while_users_are_missing(
+    connection: Connection, clerk: StandIn, api: ClerkApi, page: int
+) -> None:
+    clerk.fill(90, private=b'{"v":1}')
+    answers(clerk, at_page(page, clerk), limit=["7"])
+    done = run(connection, api, full=True)
+    assert (done.counters["missing"], done.counters["surplus"]) == (90, 0)
+    assert here(connection) == there(clerk)
+
+
+def test_nobody_is_erased_nor_missed_where_clerk_lowers_its_largest_page(
+    connection: Connection, clerk: StandIn, api: ClerkApi
+) -> None:
+    ids = filled(clerk, connection, api, 620)
+    update(clerk, *ids[300:330])
+    delete(clerk, ids[7])
+
+    def lowered(call: Call) -> None:
+        if int(call.query.get("limit", ["0"])[0]) > 100:
+            call.query["limit"] = ["10"]  # type: ignore[index]
+
+    clerk.before = lowered
+    done = run(connection, api)
+    assert (done.kind, done.cause) == (FULL, "many")
+    assert (done.counters["outdated"], done.counters["erased"]) == (30, 1)
+    assert here(connection) == there(clerk)
+    assert check(connection, POLICY, api, sleep=at_once).total == 0
+
+
+@pytest.mark.usefixtures("small_pages")
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 def test_a_storm_of_errors_is_waited_out(connection: Connection, clerk: StandIn, api: ClerkApi, status: int) -> None:
     with_some_gone(clerk, connection, api)

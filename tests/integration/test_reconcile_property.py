@@ -37,7 +37,7 @@ LONG_AGO = 1_700_000_000_000
 LATER = 1_000_000
 """The place of what happens only after the run."""
 
-CONTENTS = (
+CONTENTS: tuple[dict[str, Any], ...] = (
     {},
     {"v": 1},
     {"v": 2, "of": [1.50, 2**60, "ü"]},
