@@ -52,19 +52,43 @@ def reach(
             yield connection, api
 
 
+# Live users, so that nothing is asked of those who are gone.
+HEARD_OF = """
+select distinct user_id from (
+  select user_id from clerk.webhook_events join clerk.users using (user_id)
+  where state = 'done' and deleted_at is null and user_id like 'user\\_%%'
+  limit %(most)s
+) as heard_of
+"""
+
+
+def heard_of(connection: Connection, most: int) -> list[str]:
+    """Some live users of whom webhooks told."""
+    return [user_id for (user_id,) in connection.execute(HEARD_OF, {"most": most})]
+
+
 def confirm_instance(connection: Connection, api: ClerkApi, key: str) -> None:
-    """Make sure that Clerk knows users of ours by this key, once for each key; with that of another instance all of
-    ours would seem to be deleted. Raises ConfigError where it knows none of those it is asked for."""
+    """Make sure that Clerk knows users of ours by this key; with that of another instance all of ours would seem to be
+    deleted. Raises ConfigError where it knows none of those it is asked for.
+
+    Asked once for each key, as soon as webhooks told of users: those who were pulled by a key prove nothing for it.
+    """
     if api_budget.confirmed(connection, key):
         return
-    some = [user_id for user_id in users.some(connection, MOST_IDS) if is_user_id(user_id) and user_id not in EXAMPLES]
+    heard = _askable(heard_of(connection, MOST_IDS))
+    some = heard or _askable(users.some(connection, MOST_IDS))
     if some and not look_up(api, some).known:
         raise ConfigError(
             "CLERK_SECRET_KEY: Clerk knows none of our users that it was asked for, so the key may be that of another "
             "instance. Nothing was changed. If it is the right one, and those users are gone indeed: clerk-sync erase "
             f"USER, such as {some[0]}"
         )
-    api_budget.confirm(connection, key)
+    if heard:
+        api_budget.confirm(connection, key)
+
+
+def _askable(user_ids: Sequence[str]) -> list[str]:
+    return [user_id for user_id in user_ids if is_user_id(user_id) and user_id not in EXAMPLES]
 
 
 @dataclass(slots=True)
