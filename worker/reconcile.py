@@ -430,15 +430,16 @@ class _Comparison:
             else:
                 self.drift.note(difference, user.user_id)
 
-    def compare_again(self) -> None:
-        """Note how those stand now who differed."""
+    def compare_again(self, look: Callable[[Sequence[str]], LookedUp]) -> None:
+        """Note how those stand now who differed; Clerk is asked once more for the ones that were gone."""
         waiting = list(self.differing.values())
         for start in range(0, len(waiting), MOST_USERS):
             differences, _ = pulled.compare(self.connection, self.policy, waiting[start : start + MOST_USERS])
             for user_id, difference in differences.items():
                 self.drift.note(difference, user_id)
-        for start in range(0, len(self.gone), MOST_USERS):
-            for user_id in users.live(self.connection, self.gone[start : start + MOST_USERS]):
+        for start in range(0, len(self.gone), UNSWEPT_AT_ONCE):
+            still_here = users.live(self.connection, self.gone[start : start + UNSWEPT_AT_ONCE])
+            for user_id in look(still_here).gone:
                 self.drift.note("gone", user_id)
 
 
@@ -475,6 +476,6 @@ def check(
             observe(Progress("looking up", done, unswept))
     if comparison.differing or comparison.gone:
         sleep(AGAIN_SECONDS)
-        comparison.compare_again()
+        comparison.compare_again(lambda user_ids: _look_up(api, user_ids, listed))
     drift.calls = api.calls - earlier
     return drift
