@@ -673,9 +673,27 @@ def test_the_key_of_another_instance_is_refused_before_anything_is_asked_of_it(
             confirm_instance(connection, wrong, "wrong")
         assert another.count_by_path() == {"/v1/users": 1}
     assert here(connection) == before
+
+
+def test_a_key_by_which_users_came_is_put_to_the_test_again_when_webhooks_tell_of_users(
+    connection: Connection, clerk: StandIn, api: ClerkApi
+) -> None:
+    clerk.fill(5)
+    confirm_instance(connection, api, "wrong")
+    run(connection, api)
+    confirm_instance(connection, api, "wrong")
+    deliver(connection, *(changed(f"user_{number}", private={"v": 1}) for number in range(3)))
+    with pytest.raises(ConfigError, match="the key may be that of another instance"):
+        confirm_instance(connection, api, "wrong")
+    assert len(here(connection)) == 8
+
+
+def test_a_key_is_confirmed_once(connection: Connection, clerk: StandIn, api: ClerkApi) -> None:
+    clerk.put({"id": "user_a"})
+    deliver(connection, webhook(clerk, "user_a"), *(changed(user_id) for user_id in EXAMPLES))
     confirm_instance(connection, api, "right")
     confirm_instance(connection, api, "right")
-    assert len(clerk.calls) == 1
+    assert [call.query["user_id"] for call in clerk.calls] == [["user_a"]]
 
 
 # --- Checking
@@ -732,3 +750,10 @@ def test_what_a_webhook_repairs_in_the_meantime_is_no_drift(
 
     drift = check(connection, POLICY, api, sleep=arrive)
     assert drift.named == {"missing": [], "outdated": [ids[1]], "incomplete": [], "gone": [ids[3]]}
+
+
+def test_a_sign_up_that_is_not_listed_yet_is_no_drift(connection: Connection, clerk: StandIn, api: ClerkApi) -> None:
+    clerk.fill(20)
+    run(connection, api)
+    deliver(connection, changed("user_new", now_ms()))
+    assert check(connection, POLICY, api, sleep=lambda _: clerk.put({"id": "user_new"})).total == 0
