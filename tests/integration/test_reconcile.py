@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 
 from tests.events import changed, deleted
 from tests.pulling import LIVE, api_of, deliver, webhook
+from tests.waiting import until
 from worker import reconcile as reconciling
 from worker import runs, sweep, users
 from worker.backfill import backfill
@@ -125,8 +129,8 @@ def test_of_a_population_with_lost_and_reordered_webhooks_the_exact_drift_is_nam
     connection: Connection, clerk: StandIn, api: ClerkApi
 ) -> None:
     chance = random.Random(7)  # noqa: S311 - a population, not a secret
-    ids = clerk.fill(3_000, private=b'{"v":1}')
-    lost_creations = set(chance.sample(ids, 60))
+    ids = clerk.fill(2_000, private=b'{"v":1}')
+    lost_creations = set(chance.sample(ids, 40))
     changes = [webhook(clerk, user_id) for user_id in ids if user_id not in lost_creations]
     updated = chance.sample(ids, 1_000)
     lost_updates = set(chance.sample(updated, 20))
@@ -275,8 +279,7 @@ def test_more_changes_than_an_incremental_run_is_good_for_make_it_a_full_one(
 
 
 @pytest.mark.usefixtures("small_pages")
-@pytest.mark.parametrize("number", [1, 2, 3, 17, 18, 19, 40, 60])
-@pytest.mark.parametrize("page", [2, 3])
+@pytest.mark.parametrize(("page", "number"), [(2, 1), (2, 2), (2, 19), (2, 60), (3, 2), (3, 3), (3, 18), (3, 40)])
 def test_deletions_between_two_pages_of_changes_hide_nobody(
     connection: Connection, clerk: StandIn, api: ClerkApi, page: int, number: int
 ) -> None:
@@ -293,7 +296,7 @@ def test_deletions_between_two_pages_of_changes_hide_nobody(
 
 
 @pytest.mark.usefixtures("small_pages")
-@pytest.mark.parametrize("page", [1, 2, 3, 4])
+@pytest.mark.parametrize("page", [1, 2, 4])
 def test_updates_between_two_pages_of_changes_are_repaired_by_this_run_or_the_next(
     connection: Connection, clerk: StandIn, api: ClerkApi, page: int
 ) -> None:
@@ -476,6 +479,52 @@ def test_a_connection_that_is_cut_after_the_sweep_erases_nobody(
     assert here(other) == there(clerk)
 
 
+KILLED = """
+import sys
+import httpx
+from worker import db
+from worker.clerk_api import ClerkApi
+from worker.policy import Policy
+from worker.reconcile import reconcile
+key, url, database_url = sys.argv[1:]
+client = httpx.Client(trust_env=False)
+api = ClerkApi(key, url, lambda: 0.0, on_retry_after=lambda _: None, client=client)
+reconcile(db.connect(database_url, "killed"), Policy(), api, full=True)
+"""
+
+
+def test_a_process_that_is_killed_between_the_sweep_and_the_erasing_erases_nobody(
+    connect: Connect, clerk: StandIn, api: ClerkApi, database_url: str
+) -> None:
+    connection = connect()
+    gone = with_some_gone(clerk, connection, api)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(_: Call) -> None:
+        reached.set()
+        go_on.wait(60)
+
+    once(clerk, lambda _: bool(look_ups(clerk)), hold)
+    arguments = [sys.executable, "-c", KILLED, clerk.secret_key, clerk.url, database_url]
+    with subprocess.Popen(arguments) as process:
+        try:
+            assert reached.wait(60)
+        finally:
+            process.kill()
+    go_on.set()
+    assert set(gone) < set(here(connection))
+    until(lambda: is_free(connection), what="the lock of the killed process")
+    assert run(connection, api, full=True).counters["erased"] == 3
+    assert connection.execute(STATES).fetchall()[-2:] == [("full", "asked", "failed"), ("full", "asked", "done")]
+    assert here(connection) == there(clerk)
+
+
+def is_free(connection: Connection) -> bool:
+    with contextlib.suppress(SyncError), runs.alone(connection):
+        return True
+    return False
+
+
 def answers(clerk: StandIn, when: Callable[[Call], bool], **query: list[str]) -> None:
     """Answer some calls as if they had asked for something else."""
 
@@ -545,7 +594,7 @@ def test_nobody_is_erased_nor_missed_where_clerk_lowers_its_largest_page(
 
 
 @pytest.mark.usefixtures("small_pages")
-@pytest.mark.parametrize("status", [429, 500, 502, 503])
+@pytest.mark.parametrize("status", [429, 503])
 def test_a_storm_of_errors_is_waited_out(connection: Connection, clerk: StandIn, api: ClerkApi, status: int) -> None:
     with_some_gone(clerk, connection, api)
     turn = iter(range(1000))
@@ -563,8 +612,7 @@ def test_a_storm_of_errors_is_waited_out(connection: Connection, clerk: StandIn,
 
 
 @pytest.mark.usefixtures("small_pages")
-@pytest.mark.parametrize("lost_cursor", [422, 404, 200])
-@pytest.mark.parametrize("number", [1, 2, 25])
+@pytest.mark.parametrize(("lost_cursor", "number"), [(422, 1), (422, 25), (404, 2), (200, 1), (200, 2), (200, 25)])
 def test_a_cursor_that_is_lost_in_the_middle_hides_nobody(
     connection: Connection, clerk: StandIn, api: ClerkApi, lost_cursor: int, number: int
 ) -> None:
@@ -584,15 +632,15 @@ def test_users_who_come_change_and_go_during_a_sweep_with_their_webhooks_stand_a
     connect: Connect, clerk: StandIn, api: ClerkApi
 ) -> None:
     connection, worker = connect(), connect()
-    ids = filled(clerk, connection, api, 200)
+    ids = filled(clerk, connection, api, 120)
     turn = iter(range(100))
 
     def life(_: Call) -> None:
         at = next(turn)
         clerk.put({"id": f"user_new{at}", "private_metadata": {"v": 3}})
-        update(clerk, ids[at], ids[199 - at], ids[60 + at])
-        delete(clerk, ids[30 + at], ids[150 - at])
-        for user_id in (f"user_new{at}", ids[at], ids[199 - at], ids[60 + at], ids[30 + at], ids[150 - at]):
+        update(clerk, ids[at], ids[119 - at], ids[60 + at])
+        delete(clerk, ids[30 + at], ids[90 - at])
+        for user_id in (f"user_new{at}", ids[at], ids[119 - at], ids[60 + at], ids[30 + at], ids[90 - at]):
             deliver(worker, webhook(clerk, user_id))
 
     clerk.before = life

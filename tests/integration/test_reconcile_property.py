@@ -243,7 +243,7 @@ def confirm(world: World, api: ClerkApi, heard_of: set[str]) -> None:
     policy=st.sampled_from(POLICIES),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=35, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_after_one_whole_full_run_our_users_are_those_of_clerk_and_nothing_late_changes_them(
     *,
     clerk: StandIn,
@@ -275,7 +275,7 @@ def test_after_one_whole_full_run_our_users_are_those_of_clerk_and_nothing_late_
     during=st.lists(steps(during=True), max_size=5),
     policy=st.sampled_from(POLICIES),
 )
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_after_an_incremental_run_too(
     *,
     clerk: StandIn,
