@@ -216,15 +216,17 @@ def _name(raw: bytes, user: UserChanged | Unusable) -> tuple[str | bytes, int]:
 
 def _counts_agree(work: _Work) -> bool:
     """Whether Clerk has as many users as are here. Where not, look again a little later: somebody may have signed up,
-    or been deleted, a moment ago."""
+    or been deleted, a moment ago. Clerk counts before we read, so that nobody who came since makes up for who is gone.
+    """
     surplus = runs.surplus(work.connection)
     if _count(work, work.total) == surplus:
         return True
     work.sleep(AGAIN_SECONDS)
+    counted = work.api.count()
     page = work.api.users(order_by="-updated_at", limit=MOST_USERS)
     parsed = [parse_user(raw, page.read_at) for raw in page.users]
     _repair(work, [user for user in parsed if isinstance(user, UserChanged)], [])
-    return _count(work, work.api.count()) == surplus
+    return _count(work, counted) == surplus
 
 
 def _count(work: _Work, counted: int) -> int:

@@ -543,9 +543,9 @@ def test_empty_lists_erase_nobody(connection: Connection, clerk: StandIn, api: C
     with_some_gone(clerk, connection, api)
     before = here(connection)
     answers(clerk, lambda call: call.path == "/v1/users", **NOBODY)
-    with pytest.raises(SyncError, match="counts 87 users and lists none: nobody was erased"):
+    with pytest.raises(SyncError, match="counts 87 users, and its list ends after 0"):
         run(connection, api, full=True)
-    with pytest.raises(SyncError, match="counts 87 users and lists none: nobody was erased"):
+    with pytest.raises(SyncError, match="counts 87 users, and its list ends after 0"):
         check(connection, POLICY, api, sleep=at_once)
     assert here(connection) == before
 
