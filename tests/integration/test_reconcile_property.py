@@ -244,7 +244,7 @@ def confirm(world: World, api: ClerkApi, heard_of: set[str]) -> None:
     policy=st.sampled_from(POLICIES),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_after_one_whole_full_run_our_users_are_those_of_clerk_and_nothing_late_changes_them(
     *,
     clerk: StandIn,
