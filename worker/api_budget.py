@@ -68,22 +68,24 @@ def block(connection: Connection, instance: str, seconds: float) -> None:
     connection.execute(BLOCK, {"instance": instance, "seconds": seconds})
 
 
-CONFIRMED = """
-select exists (select from clerk.api_budget where instance = %(instance)s and confirmed_at is not null)
+KNOWN_BY = """
+select known_by from clerk.api_budget where instance = %(instance)s
 """
 
 
-def confirmed(connection: Connection, instance: str) -> bool:
-    """Whether Clerk was seen to know users of ours by this key."""
-    return connection.execute(CONFIRMED, {"instance": instance}).fetchone() == (True,)
+def known_by(connection: Connection, instance: str) -> str | None:
+    """What shows that this key is that of our instance: `webhooks` told of users whom Clerk knows by it, or, which is
+    weaker, those here were only `pulls`. None where nothing does yet."""
+    row = connection.execute(KNOWN_BY, {"instance": instance}).fetchone()
+    return None if row is None else row[0]
 
 
 CONFIRM = """
-insert into clerk.api_budget (instance, confirmed_at) values (%(instance)s, now())
-on conflict (instance) do update set confirmed_at = now()
+insert into clerk.api_budget (instance, known_by) values (%(instance)s, %(known_by)s)
+on conflict (instance) do update set known_by = excluded.known_by
 """
 
 
-def confirm(connection: Connection, instance: str) -> None:
-    """Note that Clerk knows users of ours by this key."""
-    connection.execute(CONFIRM, {"instance": instance})
+def confirm(connection: Connection, instance: str, known_by: str) -> None:
+    """Note what shows that this key is that of our instance."""
+    connection.execute(CONFIRM, {"instance": instance, "known_by": known_by})

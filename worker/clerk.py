@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -31,11 +31,12 @@ def reach(
     *,
     patience: float = 120.0,
     sleep: Callable[[float], object] = time.sleep,
+    strict: bool = False,
 ) -> Iterator[tuple[Connection, ClerkApi]]:
     """A connection for the users, and Clerk's API, whose calls are booked over another one.
 
-    `patience` and `sleep` are those of ClerkApi. Raises what that does, ConfigError where the key is that of another
-    instance, and psycopg.Error.
+    `patience` and `sleep` are those of ClerkApi, `strict` that of confirm_instance. Raises what both do, and
+    psycopg.Error.
     """
     with connect() as connection, connect() as booking:
         budget = ApiBudget(booking, settings.secret_key, settings.api_share)
@@ -48,7 +49,7 @@ def reach(
             sleep=sleep,
         )
         with contextlib.closing(api):
-            confirm_instance(connection, api, api_budget.key_id(settings.secret_key))
+            confirm_instance(connection, api, api_budget.key_id(settings.secret_key), strict=strict)
             yield connection, api
 
 
@@ -62,32 +63,40 @@ select distinct user_id from (
 """
 
 
-def heard_of(connection: Connection, most: int) -> list[str]:
-    """Some live users of whom webhooks told."""
-    return [user_id for (user_id,) in connection.execute(HEARD_OF, {"most": most})]
+def heard_of(connection: Connection) -> list[str]:
+    """Some live users of whom webhooks told, without the Dashboard's examples."""
+    return _askable(user_id for (user_id,) in connection.execute(HEARD_OF, {"most": MOST_IDS}))
 
 
-def confirm_instance(connection: Connection, api: ClerkApi, key: str) -> None:
+def confirm_instance(connection: Connection, api: ClerkApi, key: str, *, strict: bool) -> None:
     """Make sure that Clerk knows users of ours by this key; with that of another instance all of ours would seem to be
     deleted. Raises ConfigError where it knows none of those it is asked for.
 
-    Asked once for each key, as soon as webhooks told of users: those who were pulled by a key prove nothing for it.
+    Asked once for each key, by users of whom webhooks told where there are any. Users who were pulled, maybe by this
+    very key, prove less: where it is `strict`, the key is asked for again once there are others.
     """
-    if api_budget.confirmed(connection, key):
+    known_by = api_budget.known_by(connection, key)
+    if known_by == "webhooks" or (known_by and not strict):
         return
-    heard = _askable(heard_of(connection, MOST_IDS))
+    heard = heard_of(connection)
+    if known_by and not heard:
+        return
     some = heard or _askable(users.some(connection, MOST_IDS))
     if some and not look_up(api, some).known:
-        raise ConfigError(
-            "CLERK_SECRET_KEY: Clerk knows none of our users that it was asked for, so the key may be that of another "
-            "instance. Nothing was changed. If it is the right one, and those users are gone indeed: clerk-sync erase "
-            f"USER, such as {some[0]}"
-        )
-    if heard:
-        api_budget.confirm(connection, key)
+        raise another_instance(some[0])
+    api_budget.confirm(connection, key, "webhooks" if heard else "pulls")
 
 
-def _askable(user_ids: Sequence[str]) -> list[str]:
+def another_instance(user_id: str) -> ConfigError:
+    """The error where Clerk knows none of our users, such as this one."""
+    return ConfigError(
+        "CLERK_SECRET_KEY: Clerk knows none of our users that it should know, so the key may be that of another "
+        "instance. Nobody was erased. If it is the right one, and those users are gone indeed: clerk-sync erase USER, "
+        f"such as {user_id}"
+    )
+
+
+def _askable(user_ids: Iterable[str]) -> list[str]:
     return [user_id for user_id in user_ids if is_user_id(user_id) and user_id not in EXAMPLES]
 
 

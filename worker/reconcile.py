@@ -17,7 +17,7 @@ from typing import Final
 import psycopg
 
 from worker import pulled, runs, users
-from worker.clerk import CONTROLS, LookedUp, look_up, look_up_beside
+from worker.clerk import CONTROLS, LookedUp, another_instance, heard_of, look_up, look_up_beside
 from worker.clerk_api import MOST_IDS, MOST_USERS, ClerkApi, is_user_id
 from worker.db import Connection, deadline
 from worker.errors import SyncError
@@ -52,6 +52,9 @@ FRESH_MS: Final = 2_000
 MOST_NAMED: Final = 10_000
 """How many users of each kind of drift are named."""
 
+MANY, MANY_OF_ALL = 100, 0.2
+"""So many users whom Clerk no longer lists, if they are so great a part of ours, are erased only when told to."""
+
 UNSWEPT_SECONDS: Final = 600.0
 
 
@@ -75,6 +78,7 @@ class _Work:
     run: Run
     total: int
     earlier: int
+    erase_many: bool
     observe: Observe
     sleep: Callable[[float], object]
 
@@ -90,12 +94,14 @@ def reconcile(
     *,
     full: bool = False,
     periodic: bool = False,
+    erase_many: bool = False,
     observe: Observe = lambda _: None,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Run:
     """Repair what differs from Clerk: by an incremental run, or a full one where it is asked for, where no run was ever
     whole, where all users fit in one page, where it is due for today (if `periodic`), or where the counts of users
-    differ. Each page is a transaction; a run that fails has repaired what it came to.
+    differ. Each page is a transaction; a run that fails has repaired what it came to. Where more than a fifth of our
+    users would be erased, it fails unless told to `erase_many`.
 
     Raises AlreadyRunning, what ClerkApi does, and psycopg.Error.
     """
@@ -105,7 +111,7 @@ def reconcile(
         since = runs.covered(connection)
         kind, cause = _kind(connection, total, since, full=full, periodic=periodic)
         run = runs.begin(connection, kind, cause)
-        work = _Work(connection, policy, api, run, total, earlier, observe, sleep)
+        work = _Work(connection, policy, api, run, total, earlier, erase_many, observe, sleep)
         with runs.recorded(connection, run, work.calls):
             if run.kind == INCREMENTAL and since is not None:
                 if not _incremental(work, since):
@@ -249,6 +255,11 @@ def _full(work: _Work) -> None:
 
     with _sweep(connection, work.api, work.total, use) as listed:
         total = _find_unswept(connection)
+        if not work.erase_many and total > MANY and total > MANY_OF_ALL * users.count_live(connection):
+            raise SyncError(
+                f"Clerk's list lacks {total:,} of our users, more than a fifth: nobody was erased. If they are gone "
+                "indeed: clerk-sync reconcile --full --erase-many"
+            )
         fresh: list[Unswept] = []
         done = 0
         for some in _unswept(connection):
@@ -364,11 +375,21 @@ select count(*) from pg_temp.clerk_unswept
 """
 
 
+UNSWEPT_OF = """
+select user_id from pg_temp.clerk_unswept where user_id = any(%(user_id)s)
+"""
+
+
 def _find_unswept(connection: Connection) -> int:
-    """Find the users here whom the sweep didn't meet; how many they are."""
+    """Find the users here whom the sweep didn't meet; how many they are. Raises ConfigError where it met nobody of whom
+    webhooks told."""
     with deadline(connection, UNSWEPT_SECONDS), connection.transaction():
         connection.execute(FIND_UNSWEPT)
     ((number,),) = connection.execute(COUNT_UNSWEPT).fetchall()
+    if number and (heard := heard_of(connection)):
+        unmet = connection.execute(UNSWEPT_OF, {"user_id": heard}).fetchall()
+        if len(unmet) == len(heard):
+            raise another_instance(heard[0])
     return int(number)
 
 

@@ -4,7 +4,8 @@ create table clerk.api_budget (
   instance      text primary key,         -- a hash of the secret key
   paid_until    timestamptz not null default '-infinity', -- every booked call moves this on by its share of the time
   blocked_until timestamptz not null default '-infinity', -- Clerk told us to hold still until then
-  confirmed_at  timestamptz               -- when Clerk was seen to know users of ours by this key
+  -- Whose users Clerk was seen to know by this key: of those here some were told of by webhooks, or all were pulled.
+  known_by      text check (known_by in ('webhooks', 'pulls'))
 ) with (
   -- One row, updated with every call: room in its page for the versions that come and go.
   fillfactor = 20

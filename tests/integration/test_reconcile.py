@@ -658,8 +658,8 @@ def test_users_who_come_change_and_go_during_a_sweep_with_their_webhooks_stand_a
 def test_a_user_whose_sign_up_is_not_listed_yet_is_not_taken_for_gone(
     connection: Connection, clerk: StandIn, api: ClerkApi
 ) -> None:
-    clerk.fill(20)
-    deliver(connection, changed("user_new", now_ms(), private={"v": 1}))
+    (known, *_) = clerk.fill(20)
+    deliver(connection, webhook(clerk, known), changed("user_new", now_ms(), private={"v": 1}))
     waits: list[float] = []
 
     def appears(seconds: float) -> None:
@@ -724,30 +724,50 @@ def test_the_key_of_another_instance_is_refused_before_anything_is_asked_of_it(
     with StandIn(LIVE) as another, contextlib.closing(api_of(another)) as wrong:
         another.put({"id": "user_of_another_instance"})
         with pytest.raises(ConfigError, match="the key may be that of another instance"):
-            confirm_instance(connection, wrong, "wrong")
+            confirm_instance(connection, wrong, "wrong", strict=False)
         assert another.count_by_path() == {"/v1/users": 1}
     assert here(connection) == before
 
 
-def test_a_key_by_which_users_came_is_put_to_the_test_again_when_webhooks_tell_of_users(
+def test_a_key_by_which_users_came_erases_nobody_of_whom_webhooks_tell(
     connection: Connection, clerk: StandIn, api: ClerkApi
 ) -> None:
     clerk.fill(5)
-    confirm_instance(connection, api, "wrong")
+    confirm_instance(connection, api, "wrong", strict=True)
     run(connection, api)
-    confirm_instance(connection, api, "wrong")
+    confirm_instance(connection, api, "wrong", strict=True)
     deliver(connection, *(changed(f"user_{number}", private={"v": 1}) for number in range(3)))
-    with pytest.raises(ConfigError, match="the key may be that of another instance"):
-        confirm_instance(connection, api, "wrong")
+    # An incremental run erases nobody, and each call counts; a full one sees by itself whom the sweep met.
+    confirm_instance(connection, api, "wrong", strict=False)
+    for erases in (
+        lambda: confirm_instance(connection, api, "wrong", strict=True),
+        lambda: run(connection, api, full=True),
+        lambda: check(connection, POLICY, api, sleep=at_once),
+    ):
+        with pytest.raises(ConfigError, match="the key may be that of another instance"):
+            erases()
     assert len(here(connection)) == 8
 
 
 def test_a_key_is_confirmed_once(connection: Connection, clerk: StandIn, api: ClerkApi) -> None:
     clerk.put({"id": "user_a"})
     deliver(connection, webhook(clerk, "user_a"), *(changed(user_id) for user_id in EXAMPLES))
-    confirm_instance(connection, api, "right")
-    confirm_instance(connection, api, "right")
+    confirm_instance(connection, api, "right", strict=False)
+    confirm_instance(connection, api, "right", strict=True)
     assert [call.query["user_id"] for call in clerk.calls] == [["user_a"]]
+
+
+def test_more_than_a_fifth_of_our_users_are_erased_only_when_told_to(
+    connection: Connection, clerk: StandIn, api: ClerkApi
+) -> None:
+    ids = filled(clerk, connection, api, 500)
+    for user_id in ids[:101]:
+        clerk.delete(user_id)
+    with pytest.raises(SyncError, match="lacks 101 of our users, more than a fifth: nobody was erased"):
+        run(connection, api, full=True)
+    assert len(here(connection)) == 500
+    assert run(connection, api, full=True, erase_many=True).counters["erased"] == 101
+    assert set(here(connection)) == set(ids[101:])
 
 
 # --- Checking
@@ -807,7 +827,7 @@ def test_what_a_webhook_repairs_in_the_meantime_is_no_drift(
 
 
 def test_a_sign_up_that_is_not_listed_yet_is_no_drift(connection: Connection, clerk: StandIn, api: ClerkApi) -> None:
-    clerk.fill(20)
+    (known, *_) = clerk.fill(20)
     run(connection, api)
-    deliver(connection, changed("user_new", now_ms()))
+    deliver(connection, webhook(clerk, known), changed("user_new", now_ms()))
     assert check(connection, POLICY, api, sleep=lambda _: clerk.put({"id": "user_new"})).total == 0

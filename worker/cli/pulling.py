@@ -38,10 +38,10 @@ def patience_option(command: F) -> F:
 
 
 @contextlib.contextmanager
-def pulling(found: Settings, patience: float) -> Iterator[tuple[db.Connection, ClerkApi]]:
+def pulling(found: Settings, patience: float, *, strict: bool = False) -> Iterator[tuple[db.Connection, ClerkApi]]:
     """A connection for the users, and Clerk's API. Database errors come out as SyncError."""
     try:
-        with reach(found, lambda: connect(found.database_url), patience=patience) as (connection, api):
+        with reach(found, lambda: connect(found.database_url), patience=patience, strict=strict) as (connection, api):
             yield connection, api
     except psycopg.Error as error:
         raise SyncError(f"Postgres failed: {db.describe(error)}") from None

@@ -31,11 +31,12 @@ UNCHANGED: Final = "Nothing was changed."
 
 @click.command()
 @click.option("--full", is_flag=True, help="Compare every user, not only the latest changes.")
+@click.option("--erase-many", is_flag=True, help="With --full: erase also where it is over a fifth of all users.")
 @click.option("--check", is_flag=True, help="Compare every user and change nothing; exit 1 where something differs.")
 @patience_option
 @info_option
 @json_option
-def reconcile(*, full: bool, check: bool, patience: float, info: Path | None, as_json: bool) -> None:
+def reconcile(*, full: bool, erase_many: bool, check: bool, patience: float, info: Path | None, as_json: bool) -> None:
     """Compare users with Clerk's, and repair what differs: what webhooks never told, or told wrongly.
 
     \b
@@ -53,6 +54,8 @@ def reconcile(*, full: bool, check: bool, patience: float, info: Path | None, as
         raise click.UsageError(
             "--check is a full comparison already, that repairs nothing: give one of --full, --check."
         )
+    if erase_many and not full:
+        raise click.UsageError("--erase-many goes with --full.")
     told = settings(info, "database_url", "secret_key")
     started = time.monotonic()
     stays = UNCHANGED if check else STAYS
@@ -65,7 +68,7 @@ def reconcile(*, full: bool, check: bool, patience: float, info: Path | None, as
         if check:
             done: Drift | Run = repair.check(connection, told.policy, api, observe=observe)
         else:
-            done = repair.reconcile(connection, told.policy, api, full=full, observe=observe)
+            done = repair.reconcile(connection, told.policy, api, full=full, erase_many=erase_many, observe=observe)
             if "counted" in done.counters:
                 apart = done.counters["counted"] - done.counters["here"] - runs.surplus(connection)
     seconds = round(time.monotonic() - started, 3)

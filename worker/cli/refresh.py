@@ -46,7 +46,7 @@ def refresh(*, user_ids: tuple[str, ...], missing: bool, patience: float, info: 
     found = settings(info, "database_url", "secret_key")
     results: list[Result] = []
     counts: Counter[str] = Counter()
-    with pulling(found, patience) as (connection, api):
+    with pulling(found, patience, strict=True) as (connection, api):
         try:
             if missing:
                 batches = _watched(connection, found.policy, api, quiet=as_json)
