@@ -21,6 +21,9 @@ from worker.standin import StandIn, now_ms
 LIVE: Final = "sk_live_of_these_tests"
 """A key of a live instance: its budget is large enough not to be noticed."""
 
+KEY: Final = "of these tests"
+"""What a key is known by."""
+
 NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used; to load the certificates takes 0.1 s each time
 
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import psycopg
 
-from worker import pulled, runs, users
+from worker import api_budget, pulled, runs, users
 from worker.clerk import CONTROLS, LookedUp, another_instance, heard_of, look_up, look_up_beside
 from worker.clerk_api import MOST_IDS, MOST_USERS, ClerkApi, is_user_id
 from worker.db import Connection, deadline
@@ -78,6 +78,7 @@ class _Work:
     run: Run
     total: int
     earlier: int
+    key: str
     erase_many: bool
     observe: Observe
     sleep: Callable[[float], object]
@@ -92,6 +93,7 @@ def reconcile(
     policy: Policy,
     api: ClerkApi,
     *,
+    key: str,
     full: bool = False,
     periodic: bool = False,
     erase_many: bool = False,
@@ -101,7 +103,7 @@ def reconcile(
     """Repair what differs from Clerk: by an incremental run, or a full one where it is asked for, where no run was ever
     whole, where all users fit in one page, where it is due for today (if `periodic`), or where the counts of users
     differ. Each page is a transaction; a run that fails has repaired what it came to. Where more than a fifth of our
-    users would be erased, it fails unless told to `erase_many`.
+    users would be erased, it fails unless told to `erase_many`. `key` is api_budget.key_id of the secret key.
 
     Raises AlreadyRunning, what ClerkApi does, and psycopg.Error.
     """
@@ -111,7 +113,7 @@ def reconcile(
         since = runs.covered(connection)
         kind, cause = _kind(connection, total, since, full=full, periodic=periodic)
         run = runs.begin(connection, kind, cause)
-        work = _Work(connection, policy, api, run, total, earlier, erase_many, observe, sleep)
+        work = _Work(connection, policy, api, run, total, earlier, key, erase_many, observe, sleep)
         with runs.recorded(connection, run, work.calls):
             if run.kind == INCREMENTAL and since is not None:
                 if not _incremental(work, since):
@@ -254,7 +256,7 @@ def _full(work: _Work) -> None:
         _repair(work, batch.changed, batch.unusable)
 
     with _sweep(connection, work.api, work.total, use) as listed:
-        total = _find_unswept(connection)
+        total = _find_unswept(connection, work.key)
         if not work.erase_many and total > MANY and total > MANY_OF_ALL * users.count_live(connection):
             raise SyncError(
                 f"Clerk's list lacks {total:,} of our users, more than a fifth: nobody was erased. If they are gone "
@@ -380,16 +382,17 @@ select user_id from pg_temp.clerk_unswept where user_id = any(%(user_id)s)
 """
 
 
-def _find_unswept(connection: Connection) -> int:
+def _find_unswept(connection: Connection, key: str) -> int:
     """Find the users here whom the sweep didn't meet; how many they are. Raises ConfigError where it met nobody of whom
-    webhooks told."""
+    webhooks told, and such users didn't prove the key before."""
     with deadline(connection, UNSWEPT_SECONDS), connection.transaction():
         connection.execute(FIND_UNSWEPT)
     ((number,),) = connection.execute(COUNT_UNSWEPT).fetchall()
-    if number and (heard := heard_of(connection)):
+    if api_budget.known_by(connection, key) != "webhooks" and (heard := heard_of(connection)):
         unmet = connection.execute(UNSWEPT_OF, {"user_id": heard}).fetchall()
         if len(unmet) == len(heard):
             raise another_instance(heard[0])
+        api_budget.confirm(connection, key, "webhooks")
     return int(number)
 
 
@@ -471,6 +474,7 @@ def check(
     policy: Policy,
     api: ClerkApi,
     *,
+    key: str,
     observe: Observe = lambda _: None,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Drift:
@@ -488,7 +492,7 @@ def check(
         observe(Progress("comparing", drift.compared, max(total, drift.compared)))
 
     with _sweep(connection, api, total, use) as listed:
-        unswept, done = _find_unswept(connection), 0
+        unswept, done = _find_unswept(connection, key), 0
         for some in _unswept(connection):
             drift.unusable += _unaskable(some)
             answer = _look_up(api, _askable(some), listed)

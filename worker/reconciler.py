@@ -15,6 +15,7 @@ from typing import Final
 import psycopg
 
 from worker import db, runs
+from worker.api_budget import key_id
 from worker.clerk import reach
 from worker.db import Connection
 from worker.errors import ClerkUnavailable, SyncError
@@ -127,6 +128,7 @@ class Reconciler:
                 connection,
                 self._settings.policy,
                 api,
+                key=key_id(self._settings.secret_key),
                 periodic=True,
                 observe=lambda _: self._sleep(0),
                 sleep=self._sleep,

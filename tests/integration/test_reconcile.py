@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.events import changed, deleted
-from tests.pulling import LIVE, api_of, deliver, webhook
+from tests.pulling import KEY, LIVE, api_of, deliver, webhook
 from tests.waiting import until
 from worker import reconcile as reconciling
 from worker import runs, sweep, users
@@ -71,7 +71,7 @@ def at_once(_: float) -> None:
 
 
 def run(connection: Connection, api: ClerkApi, **options: Any) -> Run:
-    return reconcile(connection, POLICY, api, **{"sleep": at_once, **options})
+    return reconcile(connection, POLICY, api, key=KEY, **{"sleep": at_once, **options})
 
 
 def here(connection: Connection) -> dict[str, tuple[int, Any]]:
@@ -153,7 +153,7 @@ def test_of_a_population_with_lost_and_reordered_webhooks_the_exact_drift_is_nam
     repaired_by_others = set(updated) - lost_updates  # their next webhook brought them whole
     missing = lost_creations - repaired_by_others - set(gone)
     assert missing
-    drift = check(connection, POLICY, api, sleep=at_once)
+    drift = check(connection, POLICY, api, key=KEY, sleep=at_once)
     assert {name: sorted(found) for name, found in drift.named.items()} == {
         "missing": sorted(missing),
         "outdated": sorted(lost_updates - missing),
@@ -165,7 +165,7 @@ def test_of_a_population_with_lost_and_reordered_webhooks_the_exact_drift_is_nam
     assert done.counters["outdated"] == len(lost_updates - missing)
     assert done.counters["gone"] == done.counters["erased"] == len(lost_deletions - lost_creations)
     assert here(connection) == there(clerk)
-    assert check(connection, POLICY, api, sleep=at_once).total == 0
+    assert check(connection, POLICY, api, key=KEY, sleep=at_once).total == 0
     deliver(connection, *chance.sample(changes, 500))
     assert here(connection) == there(clerk)
 
@@ -185,14 +185,14 @@ def test_a_kind_of_metadata_that_is_to_be_kept_now_comes_with_the_next_full_run(
     clerk.fill(30, public=b'{"plan":"pro"}')
     run(connection, api)
     everything = Policy(public=Copy.ALWAYS)
-    drift = check(connection, everything, api, sleep=at_once)
+    drift = check(connection, everything, api, key=KEY, sleep=at_once)
     assert (drift.total, drift.counts["unweighed"]) == (0, 30)
     users.reweigh_all(connection, everything)
-    drift = check(connection, everything, api, sleep=at_once)
+    drift = check(connection, everything, api, key=KEY, sleep=at_once)
     assert drift.counts == {"incomplete": 30}
-    done = reconcile(connection, everything, api, full=True, sleep=at_once)
+    done = reconcile(connection, everything, api, key=KEY, full=True, sleep=at_once)
     assert done.counters["incomplete"] == done.counters["applied"] == 30
-    assert check(connection, everything, api, sleep=at_once).counts == {"same": 30}
+    assert check(connection, everything, api, key=KEY, sleep=at_once).counts == {"same": 30}
     assert connection.execute("select distinct public_metadata from clerk.user_metadata").fetchall() == [
         ({"plan": "pro"},)
     ]
@@ -438,7 +438,7 @@ def test_users_who_can_never_be_here_are_told_once_by_the_counts_and_start_no_fu
     assert (first.kind, first.cause) == (FULL, "counts")
     assert (first.counters["tombstoned"], first.counters["unusable"], first.counters["surplus"]) == (1, 2, 3)
     assert (run(connection, api).kind, run(connection, api).calls) == (INCREMENTAL, 2)
-    assert check(connection, POLICY, api, sleep=at_once).total == 0
+    assert check(connection, POLICY, api, key=KEY, sleep=at_once).total == 0
 
 
 # --- Nobody is erased wrongly
@@ -495,7 +495,7 @@ from worker.reconcile import reconcile
 key, url, database_url = sys.argv[1:]
 client = httpx.Client(trust_env=False)
 api = ClerkApi(key, url, lambda: 0.0, on_retry_after=lambda _: None, client=client)
-reconcile(db.connect(database_url, "killed"), Policy(), api, full=True)
+reconcile(db.connect(database_url, "killed"), Policy(), api, key="killed", full=True)
 """
 
 
@@ -552,7 +552,7 @@ def test_empty_lists_erase_nobody(connection: Connection, clerk: StandIn, api: C
     with pytest.raises(SyncError, match="counts 87 users, and its list ends after 0"):
         run(connection, api, full=True)
     with pytest.raises(SyncError, match="counts 87 users, and its list ends after 0"):
-        check(connection, POLICY, api, sleep=at_once)
+        check(connection, POLICY, api, key=KEY, sleep=at_once)
     assert here(connection) == before
 
 
@@ -564,7 +564,7 @@ def test_empty_answers_about_single_users_erase_nobody(connection: Connection, c
     with pytest.raises(SyncError, match="nobody was erased"):
         run(connection, api, full=True)
     with pytest.raises(SyncError, match="nobody was erased"):
-        check(connection, POLICY, api, sleep=at_once)
+        check(connection, POLICY, api, key=KEY, sleep=at_once)
     assert here(connection) == before
 
 
@@ -596,7 +596,7 @@ def test_nobody_is_erased_nor_missed_where_clerk_lowers_its_largest_page(
     assert (done.kind, done.cause) == (FULL, "many")
     assert (done.counters["outdated"], done.counters["erased"]) == (30, 1)
     assert here(connection) == there(clerk)
-    assert check(connection, POLICY, api, sleep=at_once).total == 0
+    assert check(connection, POLICY, api, key=KEY, sleep=at_once).total == 0
 
 
 @pytest.mark.usefixtures("small_pages")
@@ -696,7 +696,7 @@ def test_who_was_deleted_here_is_neither_revived_nor_drift(
     ids = filled(clerk, connection, api, 30)
     deliver(connection, deleted(ids[3], T0))
     for _ in range(2):
-        drift = check(connection, POLICY, api, sleep=at_once)
+        drift = check(connection, POLICY, api, key=KEY, sleep=at_once)
         assert (drift.total, drift.counts) == (0, {"same": 29, "tombstoned": 1})
         done = run(connection, api, full=True)
         assert (done.counters["tombstoned"], done.counters["unchanged"]) == (1, 29)
@@ -712,7 +712,7 @@ def test_ids_that_clerk_cannot_be_asked_for_are_told_and_stay(
     done = run(connection, api, full=True)
     assert sorted(user["user_id"] for user in done.unusable) == sorted(odd)
     assert set(odd) < set(here(connection))
-    drift = check(connection, POLICY, api, sleep=at_once)
+    drift = check(connection, POLICY, api, key=KEY, sleep=at_once)
     assert (drift.total, sorted(unusable.user_id or "" for unusable in drift.unusable)) == (0, sorted(odd))
 
 
@@ -742,7 +742,7 @@ def test_a_key_by_which_users_came_erases_nobody_of_whom_webhooks_tell(
     for erases in (
         lambda: confirm_instance(connection, api, "wrong", strict=True),
         lambda: run(connection, api, full=True),
-        lambda: check(connection, POLICY, api, sleep=at_once),
+        lambda: check(connection, POLICY, api, key=KEY, sleep=at_once),
     ):
         with pytest.raises(ConfigError, match="the key may be that of another instance"):
             erases()
@@ -794,7 +794,7 @@ def test_a_check_writes_nothing_and_runs_beside_a_full_run(connect: Connect, cle
     clerk.put({"id": "user_new"})
     clerk.odd(ids[20], b"{}")
     before = all_rows(connection)
-    drift = check(connection, POLICY, api, sleep=at_once)
+    drift = check(connection, POLICY, api, key=KEY, sleep=at_once)
     named = {name: set(found) for name, found in drift.named.items()}
     assert named == {"missing": {"user_new"}, "outdated": set(ids[:4]), "incomplete": set(), "gone": {ids[9]}}
     assert all_rows(connection) == before
@@ -804,11 +804,11 @@ def test_a_check_writes_nothing_and_runs_beside_a_full_run(connect: Connect, cle
 
         def at_the_end(progress: reconciling.Progress) -> None:
             if progress.phase == "looking up" and not beside:
-                beside.append(check(other, POLICY, another, sleep=at_once).total)
+                beside.append(check(other, POLICY, another, key=KEY, sleep=at_once).total)
 
         assert run(connection, api, full=True, observe=at_the_end).state == "done"
     assert beside == [0]
-    assert check(connection, POLICY, api, sleep=at_once).total == 0
+    assert check(connection, POLICY, api, key=KEY, sleep=at_once).total == 0
 
 
 def test_what_a_webhook_repairs_in_the_meantime_is_no_drift(
@@ -822,7 +822,7 @@ def test_what_a_webhook_repairs_in_the_meantime_is_no_drift(
     def arrive(_: float) -> None:
         deliver(connection, *(webhook(clerk, user_id) for user_id in (ids[0], ids[2], "user_new")))
 
-    drift = check(connection, POLICY, api, sleep=arrive)
+    drift = check(connection, POLICY, api, key=KEY, sleep=arrive)
     assert drift.named == {"missing": [], "outdated": [ids[1]], "incomplete": [], "gone": [ids[3]]}
 
 
@@ -830,4 +830,4 @@ def test_a_sign_up_that_is_not_listed_yet_is_no_drift(connection: Connection, cl
     (known, *_) = clerk.fill(20)
     run(connection, api)
     deliver(connection, webhook(clerk, known), changed("user_new", now_ms()))
-    assert check(connection, POLICY, api, sleep=lambda _: clerk.put({"id": "user_new"})).total == 0
+    assert check(connection, POLICY, api, key=KEY, sleep=lambda _: clerk.put({"id": "user_new"})).total == 0

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import EMPTY
 from tests.events import deleted, envelope
-from tests.pulling import LIVE, api_of, deliver
+from tests.pulling import KEY, LIVE, api_of, deliver
 from worker import reconcile as reconciling
 from worker import sweep, users
 from worker.clerk_api import ClerkApi
@@ -230,11 +230,11 @@ def confirm(world: World, api: ClerkApi, heard_of: set[str]) -> None:
     unheard = rows.keys() - expected.keys()
     assert not unheard & heard_of
     assert {user_id: row for user_id, row in rows.items() if user_id not in unheard} == expected
-    drift = check(world.connection, world.policy, api, sleep=at_once)
+    drift = check(world.connection, world.policy, api, key=KEY, sleep=at_once)
     assert {name for name in drift.counts if drift.counts[name]} <= {"same", "gone"}
     assert set(drift.named["gone"]) == unheard
     if unheard:
-        reconcile(world.connection, world.policy, api, sleep=at_once)
+        reconcile(world.connection, world.policy, api, key=KEY, sleep=at_once)
         assert world.rows() == expected
 
 
@@ -261,7 +261,7 @@ def test_after_one_whole_full_run_our_users_are_those_of_clerk_and_nothing_late_
         world.live(step)
     world.now = now_ms
     with between_calls(world, during):
-        run = reconcile(ours, policy, api, full=True, sleep=at_once)
+        run = reconcile(ours, policy, api, key=KEY, full=True, sleep=at_once)
         heard_of = world.heard_of()
     assert (run.kind, run.state) == ("full", "done")
     confirm(world, api, heard_of)
@@ -291,7 +291,7 @@ def test_after_an_incremental_run_too(
     world = anew(clerk, workers, policy, lambda: LONG_AGO)
     for number in range(first):
         world.live(Step(0, "put", number, (1, 1, 1), (), frozenset()))
-    reconcile(ours, policy, api, full=True, sleep=at_once)
+    reconcile(ours, policy, api, key=KEY, full=True, sleep=at_once)
     assert world.rows() == world.expected()
     began = now_ms() - 5_000
     world.now = lambda: began
@@ -299,7 +299,7 @@ def test_after_an_incremental_run_too(
         world.live(step)
     world.now = now_ms
     with between_calls(world, during):
-        run = reconcile(ours, policy, api, sleep=at_once)
+        run = reconcile(ours, policy, api, key=KEY, sleep=at_once)
         heard_of = world.heard_of()
     assert run.state == "done"
     confirm(world, api, heard_of)

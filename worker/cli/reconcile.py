@@ -14,6 +14,7 @@ from rich.text import Text
 
 from worker import reconcile as repair
 from worker import runs
+from worker.api_budget import key_id
 from worker.cli.charts import plural
 from worker.cli.history import counted, found, why
 from worker.cli.options import info_option, json_option, settings, to_json
@@ -65,10 +66,13 @@ def reconcile(*, full: bool, erase_many: bool, check: bool, patience: float, inf
         def observe(progress: Progress) -> None:
             shown(progress.phase.capitalize(), progress.done, progress.total)
 
+        key = key_id(told.secret_key)
         if check:
-            done: Drift | Run = repair.check(connection, told.policy, api, observe=observe)
+            done: Drift | Run = repair.check(connection, told.policy, api, key=key, observe=observe)
         else:
-            done = repair.reconcile(connection, told.policy, api, full=full, erase_many=erase_many, observe=observe)
+            done = repair.reconcile(
+                connection, told.policy, api, key=key, full=full, erase_many=erase_many, observe=observe
+            )
             if "counted" in done.counters:
                 apart = done.counters["counted"] - done.counters["here"] - runs.surplus(connection)
     seconds = round(time.monotonic() - started, 3)
