@@ -39,7 +39,11 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-unit integration acceptance: $(READY)
+# Two processes, each with servers of its own; the files of integration tests share what they set up.
+unit integration: $(READY)
+	$(BIN)/pytest --numprocesses 2 --dist $(if $(filter unit,$@),load,loadfile) tests/$@ $(ARGS)
+
+acceptance: $(READY)
 	$(BIN)/pytest tests/$@ $(ARGS)
 
 format: $(READY)
