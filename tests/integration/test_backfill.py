@@ -34,23 +34,6 @@ IDS = "select user_id from clerk.user_metadata"
 RUNS = "select id, state, calls, error, finished_at is not null, counters from clerk.runs order by id"
 
 
-@pytest.fixture
-def clerk() -> Iterator[StandIn]:
-    with StandIn(LIVE, limit=100_000) as standin:
-        yield standin
-
-
-@pytest.fixture
-def api(clerk: StandIn) -> Iterator[ClerkApi]:
-    with contextlib.closing(api_of(clerk)) as client:
-        yield client
-
-
-@pytest.fixture
-def connection(connect: Connect) -> Connection:
-    return connect()
-
-
 def deliver(connection: Connection, *bodies: bytes) -> None:
     inbox.record(connection, [incoming(body) for body in bodies])
     sync.drain(connection, Policy())

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,23 +34,6 @@ POLICY = Policy()
 
 VERSIONS = "select user_id, (extract(epoch from updated_at) * 1000)::bigint, private_metadata from clerk.user_metadata"
 STATES = "select kind, cause, state from clerk.runs order by id"
-
-
-@pytest.fixture
-def clerk() -> Iterator[StandIn]:
-    with StandIn(LIVE, limit=100_000) as standin:
-        yield standin
-
-
-@pytest.fixture
-def api(clerk: StandIn) -> Iterator[ClerkApi]:
-    with contextlib.closing(api_of(clerk)) as client:
-        yield client
-
-
-@pytest.fixture
-def connection(connect: Connect) -> Connection:
-    return connect()
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.events import changed, deleted, incoming
-from tests.pulling import LIVE, command, environment
+from tests.pulling import command, environment
 from tests.waiting import until
 from worker import inbox, runs, sync
 from worker.db import Connection
@@ -24,17 +24,6 @@ from worker.standin import Call, StandIn
 Connect = Callable[[], Connection]
 
 EARLY = 1_500_000_000_000
-
-
-@pytest.fixture
-def clerk() -> Iterator[StandIn]:
-    with StandIn(LIVE, limit=100_000) as standin:
-        yield standin
-
-
-@pytest.fixture
-def connection(connect: Connect) -> Connection:
-    return connect()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import EMPTY
 from tests.events import deleted, envelope
-from tests.pulling import KEY, LIVE, api_of, deliver
+from tests.pulling import KEY, LIVE, deliver
 from worker import reconcile as reconciling
 from worker import sweep, users
 from worker.clerk_api import ClerkApi
@@ -166,12 +166,6 @@ class World:
 def clerk() -> Iterator[StandIn]:
     with StandIn(LIVE, limit=10_000_000) as standin:
         yield standin
-
-
-@pytest.fixture
-def api(clerk: StandIn) -> Iterator[ClerkApi]:
-    with contextlib.closing(api_of(clerk)) as client:
-        yield client
 
 
 @pytest.fixture

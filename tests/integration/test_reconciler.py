@@ -66,11 +66,6 @@ def make(
         assert one.join(10)
 
 
-@pytest.fixture
-def connection(connect: Callable[[], Connection]) -> Connection:
-    return connect()
-
-
 def ran(connection: Connection) -> list[tuple[str, str, int, str | None]]:
     """Kind, state, calls and error of each run."""
     return connection.execute(RUNS).fetchall()

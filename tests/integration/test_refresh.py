@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,23 +25,6 @@ EVERYTHING = Policy(public=Copy.ALWAYS, unsafe=Copy.ALWAYS)
 
 ROWS = "select user_id, private_metadata, public_metadata from clerk.user_metadata order by user_id"
 TOMBSTONES = "select user_id, extract(epoch from deleted_at)::bigint from clerk.users where deleted_at is not null"
-
-
-@pytest.fixture
-def clerk() -> Iterator[StandIn]:
-    with StandIn(LIVE) as standin:
-        yield standin
-
-
-@pytest.fixture
-def api(clerk: StandIn) -> Iterator[ClerkApi]:
-    with contextlib.closing(api_of(clerk)) as client:
-        yield client
-
-
-@pytest.fixture
-def connection(connect: Connect) -> Connection:
-    return connect()
 
 
 def deliver(connection: Connection, *bodies: bytes) -> None:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.pulling import LIVE, command, environment
+from tests.pulling import command, environment
 from webhooks.health import Health
 from worker import metrics, runs
 from worker.db import Connection
 from worker.standin import StandIn
 
 Connect = Callable[[], Connection]
-
-
-@pytest.fixture
-def clerk() -> Iterator[StandIn]:
-    with StandIn(LIVE, limit=100_000) as standin:
-        yield standin
-
-
-@pytest.fixture
-def connection(connect: Connect) -> Connection:
-    return connect()
 
 
 def test_a_later_full_run_makes_up_for_a_failed_one(connection: Connection, clerk: StandIn) -> None:
