@@ -129,7 +129,7 @@ limit 1
 def _running(connection: Connection) -> str:
     row = connection.execute(RUNNING).fetchone()
     if row is None:
-        return "another run is just starting"
+        return "another run is just starting, or waits for Clerk's API: try again in a few minutes"
     kind, run_id, started_at, counters = row
     name = kind if kind == BACKFILL else f"{kind} reconcile"
     since = started_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -13,10 +13,11 @@ from typing import Any, Final
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
+from rich.table import Table
 
 from worker.budget import Bar, Checked, Claims, Cookie, Field, Kind, Report
 from worker.cli import main
-from worker.cli.charts import blocks, cut, percent
+from worker.cli.charts import blocks, cut, percent, print_whole
 from worker.cli.page import render
 from worker.cli.summary import draw_checked, draw_report, draw_suggestion, keeps_all
 from worker.jsontext import visible
@@ -574,3 +575,16 @@ def test_help_teaches_by_an_example(command: str) -> None:
     ran = run(command, "--help")
     assert ran.exit_code == 0
     assert f"clerk-sync budget {command}" in ran.stdout
+
+
+def test_a_table_of_ids_is_never_cut_however_narrow_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    cells = (f"user_{'a' * 27}", "unusable: " + "why and what to do " * 10)
+    table = Table(box=None, show_header=False)
+    for _ in cells:
+        table.add_column(no_wrap=True)
+    table.add_row(*cells)
+    print_whole(table)
+    assert capsys.readouterr().out.split(maxsplit=1) == [cells[0], f"{cells[1]} \n"]

@@ -18,6 +18,9 @@ from worker.jsontext import visible
 NAME_CELLS: Final = 40
 """Names are cut here in tables; never in JSON or on the page."""
 
+WHOLE: Final = 10_000
+"""Wider than any table of ids is."""
+
 WIDEST: Final = 100
 """Wider terminals get no wider pictures: the eye loses the row."""
 
@@ -55,6 +58,15 @@ def console() -> Console:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return Console(highlight=False, markup=False, emoji=False)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table of ids, which are there to be copied: where the terminal is narrow its lines wrap, and nothing is
+    cut."""
+    out = Console()
+    # Measured as if there were room: a console doesn't measure beyond its own width.
+    out.width = max(out.width, out.measure(table, options=out.options.update(max_width=WHOLE)).maximum)
+    out.print(table)
 
 
 def ascii_only(out: Console) -> bool:

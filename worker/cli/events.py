@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from worker import inbox
+from worker.cli.charts import print_whole
 from worker.cli.options import connect, info_option, json_option, settings, to_json
 from worker.errors import ConfigError
 
@@ -54,10 +54,7 @@ def list_events(*, state: str | None, user_id: str | None, limit: int, info: Pat
             Text(_time(event.received_at)),
             Text(event.error or ""),
         )
-    # Never cropped: an id is there to be copied.
-    console = Console()
-    console.width = max(console.width, console.measure(table).maximum)
-    console.print(table)
+    print_whole(table)
 
 
 @events.command("show")

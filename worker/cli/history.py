@@ -55,7 +55,7 @@ def table(overviews: Sequence[Overview]) -> Table:
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("found")
     if failed:
-        shown.add_column("error")
+        shown.add_column("error", overflow="fold")
     for one in overviews:
         run = one.last
         applied = f"{run.counters['applied']:,} applied" if run.kind == BACKFILL else ""

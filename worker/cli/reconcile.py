@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from worker import reconcile as repair
 from worker import runs
 from worker.api_budget import key_id
-from worker.cli.charts import plural
+from worker.cli.charts import plural, print_whole
 from worker.cli.history import counted, found, why
 from worker.cli.options import info_option, json_option, settings, to_json
 from worker.cli.pulling import Shown, ending, patience_option, print_unusable, pulling
 from worker.jsontext import visible
-from worker.reconcile import DRIFT, Drift, Progress
+from worker.reconcile import DRIFT, MANY, MOST_NAMED, Drift, Progress
 from worker.runs import MOST_LISTED, Run
 
 NAMED: Final = 10
@@ -41,15 +40,16 @@ def reconcile(*, full: bool, erase_many: bool, check: bool, patience: float, inf
     """Compare users with Clerk's, and repair what differs: what webhooks never told, or told wrongly.
 
     \b
-    clerk-sync reconcile            the latest changes, as far back as no run has compared yet: a few calls
-    clerk-sync reconcile --full     every user, one call for 499 of them; erases whom Clerk no longer has
-    clerk-sync reconcile --check    every user, and only tells: missing here, outdated, incomplete, gone at Clerk
+    clerk-sync reconcile            the latest changes: a few calls
+    clerk-sync reconcile --full     every user: a call for 499 of them
+    clerk-sync reconcile --check    every user, and only tells what differs
 
-    The workers do the first every RECONCILE_SECONDS, and the second once a day. An incremental run becomes a full one
-    where none was ever whole, where too much has changed, or where Clerk counts other users than are here: so it finds
-    lost deletions too. What is newer here stays, and nobody who was deleted comes back. Run it with the settings that
-    the workers have. Exits 1 where a user can't be used (they are listed), where Clerk doesn't answer, or where another
-    run is under way.
+    Users differ who are missing here, outdated, incomplete (metadata that is to be copied isn't here), or gone at
+    Clerk: those are erased. The workers do the first every RECONCILE_SECONDS, and the second once a day. An incremental
+    run becomes a full one where none was ever whole, where too much has changed, or where Clerk counts other users than
+    are here: so it finds lost deletions too. What is newer here stays, and nobody who was deleted comes back. Run it
+    with the settings that the workers have. Exits 1 where a user can't be used (they are listed), where Clerk doesn't
+    answer, or where another run is under way.
     """
     if full and check:
         raise click.UsageError(
@@ -141,13 +141,13 @@ def _print_drift(drift: Drift, seconds: float) -> None:
             if number := drift.counts[name]:
                 who = [visible(user_id) for user_id in sorted(drift.named[name])[:NAMED]]
                 if more := number - len(who):
-                    who.append(f"and {more:,} more: --json lists them")
+                    listed = "them" if number <= MOST_NAMED else f"{MOST_NAMED:,} in all"
+                    who.append(f"and {more:,} more: --json lists {listed}")
                 table.add_row(name, f"{number:,}", Text("\n".join(who)))
-        console = Console()
-        # Never cropped: an id is there to be copied.
-        console.width = max(console.width, console.measure(table).maximum)
-        console.print(table)
+        print_whole(table)
         click.echo("\nTo repair them: clerk-sync reconcile --full")
+        if drift.counts["gone"] > MANY:
+            click.echo("Where those gone at Clerk are over a fifth of all, it erases them only with --erase-many.")
     else:
         click.echo(f"Nothing differs: {compared}.")
     _print_tombstoned(drift.counts["tombstoned"])

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from worker import db, users
 from worker.clerk_api import ClerkApi, is_user_id
-from worker.cli.charts import plural
+from worker.cli.charts import plural, print_whole
 from worker.cli.options import info_option, json_option, settings, to_json
 from worker.cli.pulling import patience_option, pulling
 from worker.policy import Policy
@@ -101,9 +101,6 @@ def _print(results: list[Result], counts: Counter[str], calls: int, *, as_json: 
         for one in results:
             said = one.outcome if one.reason is None else f"{one.outcome}: {one.reason}"
             table.add_row(Text(one.user_id), Text(said, COLOURS.get(one.outcome, "")))
-        console = Console()
-        # Never cropped: an id is there to be copied.
-        console.width = max(console.width, console.measure(table).maximum)
-        console.print(table)
+        print_whole(table)
     said = ", ".join(f"{number:,} {outcome}" for outcome, number in counts.most_common()) or "nobody to refresh"
     click.echo(f"{plural(counts.total(), 'user')}: {said}; {plural(calls, 'call')}.")
