@@ -41,9 +41,10 @@ def backfill(
     `observe` is called at the start and after each page's commit. Raises SyncError where another run pulls, what
     ClerkApi does, and psycopg.Error: then the next call goes on.
     """
+    earlier = api.calls
+    # Before the lock: a wrong key leaves no run behind, and who waits for a Clerk that is away keeps nobody out.
+    total = api.count()
     with runs.alone(connection):
-        earlier = api.calls
-        total = api.count()  # first, so that a wrong key leaves no run behind
         run = runs.latest(connection, BACKFILL)
         if run is None or run.state == "done" or restart:
             run = runs.begin(connection, BACKFILL, "asked")

@@ -279,7 +279,10 @@ class ClerkApi:
         if 300 <= status < 400:
             raise ConfigError(f"CLERK_API_URL: the address answers with a redirect ({status}), which isn't followed")
         if status in (401, 403):
-            raise ConfigError(f"CLERK_SECRET_KEY: Clerk's API refuses the key ({status})")
+            raise ConfigError(
+                f"CLERK_SECRET_KEY: Clerk's API refuses the key ({status}): copy the Secret key from Clerk's "
+                "Dashboard, API keys"
+            )
 
 
 def _new_client() -> httpx.Client:

@@ -130,6 +130,11 @@ def _runs(overviews: list[Overview]) -> Iterator[Metric]:
         {kind: run.found for kind, run in done.items()},
     )
     yield gauge(
+        "unusable_users",
+        "Users that couldn't be used in the last run of this kind that was done",
+        {kind: run.counters["unusable"] for kind, run in done.items()},
+    )
+    yield gauge(
         "calls",
         "Calls to Clerk's API that the last run of this kind that was done took",
         {kind: run.calls for kind, run in done.items()},

@@ -107,9 +107,10 @@ def reconcile(
 
     Raises AlreadyRunning, what ClerkApi does, and psycopg.Error.
     """
+    earlier = api.calls
+    # Before the lock: who waits for a Clerk that is away keeps nobody out.
+    total = api.count()
     with runs.alone(connection):
-        earlier = api.calls
-        total = api.count()
         since = runs.covered(connection)
         kind, cause = _kind(connection, total, since, full=full, periodic=periodic)
         run = runs.begin(connection, kind, cause)

@@ -18,7 +18,7 @@ from worker import db, reconciler, runs
 from worker.db import Connection
 from worker.reconciler import Reconciler
 from worker.settings import Settings
-from worker.standin import StandIn
+from worker.standin import Call, StandIn
 
 RUNS = "select kind, state, calls, error from clerk.runs order by id"
 IDS = "select user_id from clerk.user_metadata order by user_id"
@@ -85,16 +85,17 @@ def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, Any]]:
 
 
 class Held:
-    """Holds up the first request until it is let go."""
+    """Holds up requests for users until it is let go."""
 
     def __init__(self, clerk: StandIn) -> None:
         self.came = threading.Event()
         self.go = threading.Event()
         clerk.before = self._hold
 
-    def _hold(self, _: object) -> None:
-        self.came.set()
-        assert self.go.wait(20)
+    def _hold(self, call: Call) -> None:
+        if call.path == "/v1/users":
+            self.came.set()
+            assert self.go.wait(20)
 
 
 def test_a_ring_returns_at_once_and_makes_one_run(
@@ -177,7 +178,7 @@ def test_a_wrong_key_is_one_sentence_and_a_failure_that_status_shows_until_the_k
     wrong = make(secret_key="sk_live_wrong")
     for _ in range(2):
         assert wrong._look(rung=True)
-    reason = "CLERK_SECRET_KEY: Clerk's API refuses the key (401)"
+    reason = "CLERK_SECRET_KEY: Clerk's API refuses the key (401): copy the Secret key from Clerk's Dashboard, API keys"
     assert said(caplog) == [("ERROR", "the periodic reconcile failed", reason)] * 2
     assert not any(record.exc_info for record in caplog.records)
     assert ran(connection) == [("incremental", "failed", 0, reason)]  # failures in a row are one

@@ -102,7 +102,7 @@ def test_the_last_run_of_each_kind_is_shown(connection: Connection, clerk: Stand
     }
     ran = command("status", env=env | {"COLUMNS": "200"})
     table = [" ".join(line.split()) for line in ran.stdout.splitlines()[-4:]]
-    assert table[0] == "last run why state when users calls found error"
+    assert table[0] == "last run why state when users calls found"
     assert table[1].startswith("incremental periodic cut short ")
     assert table[2].startswith("full since all users fit in one page done ")
     assert table[2].endswith(" s ago 4 2 1 missing")
@@ -131,6 +131,7 @@ def test_metrics_tell_of_the_runs_that_there_were(
             'running{kind="backfill"} 1.0',
             'running{kind="full"} 0.0',
             'repaired_users{kind="full"} 3.0',
+            'unusable_users{kind="full"} 0.0',
             'calls{kind="full"} 2.0',
         ]
     failed = runs.begin(connection, runs.FULL, "asked")

@@ -47,15 +47,12 @@ def age(passed: timedelta) -> str:
 
 def table(overviews: Sequence[Overview]) -> Table:
     """The last run of each kind."""
-    failed = any(one.failed for one in overviews)
     shown = Table(box=None, pad_edge=False)
     for name in ("last run", "why", "state", "when"):
         shown.add_column(name, no_wrap=name != "why")
     for name in ("users", "calls"):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("found")
-    if failed:
-        shown.add_column("error", overflow="fold")
     for one in overviews:
         run = one.last
         applied = f"{run.counters['applied']:,} applied" if run.kind == BACKFILL else ""
@@ -66,10 +63,19 @@ def table(overviews: Sequence[Overview]) -> Table:
             f"{age(one.at - (run.finished_at or run.started_at))} ago",
             f"{run.users:,}",
             f"{run.calls:,}",
-            found(run) or applied or "nothing",
-            *([Text(run.error or "")] if failed else []),
+            ", ".join(filter(None, (found(run) or applied, _unusable(run)))) or "nothing",
         )
     return shown
+
+
+def _unusable(run: Run) -> str:
+    number = run.counters["unusable"]
+    return f"{number:,} unusable" if number else ""
+
+
+def errors(overviews: Sequence[Overview]) -> list[str]:
+    """Why the last run of a kind came to no end, a sentence each."""
+    return [f"{one.last.kind}: {one.last.error}" for one in overviews if one.failed and one.last.error]
 
 
 def listed(overview: Overview) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from worker import db, inbox, runs
 from worker.app import create_celery, waiting
-from worker.cli.history import age, listed, table
+from worker.cli.history import age, errors, listed, table
 from worker.cli.options import info_option, json_option, settings, to_json
 from worker.errors import ConfigError
 from worker.runs import BACKFILL, Overview
@@ -130,17 +130,19 @@ def _print(checks: list[Check], known: Known | None) -> None:
     for name in ("pending", "oldest pending", "dead", "done", "users", "over budget", "missing", "tombstones"):
         numbers.add_column(name, justify="right")
     numbers.add_row(
-        str(counts["pending"]),
+        f"{counts['pending']:,}",
         f"{counts['oldest_pending_seconds']:.1f} s",
         f"[red]{counts['dead']}[/]" if counts["dead"] else "0",
-        str(counts["done"]),
-        str(counts["users"]),
+        f"{counts['done']:,}",
+        f"{counts['users']:,}",
         f"[yellow]{counts['users_over_budget']}[/]" if counts["users_over_budget"] else "0",
         f"[yellow]{counts['users_content_missing']}[/]" if counts["users_content_missing"] else "0",
-        str(counts["tombstones"]),
+        f"{counts['tombstones']:,}",
     )
     console.print()
     console.print(numbers)
     if known.runs:
         console.print()
         console.print(table(known.runs))
+        for error in errors(known.runs[1:]):  # what ended the latest one, the check tells
+            console.print(Text(error, "red"))

@@ -113,7 +113,7 @@ def serve(
     """
     data_dir = data_dir.absolute()
     info = info.absolute() if info else None
-    if info and not info.parent.is_dir():
+    if info and info.parent != data_dir and not info.parent.is_dir():
         raise ConfigError(f"--info {info}: there is no folder {info.parent}")
     procfile = find_procfile()
     commands = parse_procfile(procfile.read_text(encoding="utf-8"))
