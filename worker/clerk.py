@@ -150,9 +150,14 @@ def look_up(api: ClerkApi, user_ids: Sequence[str]) -> LookedUp:
 def look_up_beside(api: ClerkApi, user_ids: Sequence[str], controls: Sequence[str]) -> LookedUp:
     """Look up users beside CONTROLS others whom Clerk should know: an answer without any user tells of nobody that they
     are gone. Raises SyncError for one."""
-    controls = [user_id for user_id in controls if user_id not in user_ids][:CONTROLS]
+    others = [user_id for user_id in controls if user_id not in user_ids]
+    controls = others[:CONTROLS]
     answer = look_up(api, [*user_ids, *controls])
-    if answer.gone and not answer.known:
+    if set(answer.gone) & set(controls):
+        # One of them may have been deleted meanwhile; or it is a short answer, which tells of nobody.
+        controls = others[CONTROLS : 2 * CONTROLS] or controls
+        answer = look_up(api, [*user_ids, *controls])
+    if answer.gone and (not answer.known or set(answer.gone) & set(controls)):
         raise SyncError(
             "Clerk's API finds none of the users that it was asked for, known ones among them: nobody was erased on "
             "that word. If they are gone indeed: clerk-sync refresh USER..."

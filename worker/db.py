@@ -95,6 +95,8 @@ def describe(error: psycopg.Error) -> str:
     name = type(error).__name__
     if error.sqlstate:
         return f"{name} ({error.sqlstate})"
+    if not isinstance(error, psycopg.OperationalError):
+        return name  # a DATABASE_URL that can't be read is quoted, password and all
     lines = str(error).splitlines()
     return f"{name}: {lines[0]}" if lines else name
 

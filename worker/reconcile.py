@@ -16,7 +16,7 @@ from typing import Final
 
 import psycopg
 
-from worker import api_budget, pulled, runs, users
+from worker import api_budget, pulled, runs, sweep, users
 from worker.clerk import CONTROLS, LookedUp, another_instance, heard_of, look_up, look_up_beside
 from worker.clerk_api import MOST_IDS, MOST_USERS, ClerkApi, is_user_id
 from worker.db import Connection, deadline
@@ -198,7 +198,8 @@ def _incremental(work: _Work, since: int) -> bool:
         before = set(named)
         changed = [user for user in new if isinstance(user, UserChanged)]
         if work.run.covers is None:
-            work.run.covers = _newest(changed, page.read_at, since)
+            # As in a full run: other clocks may stamp a change a little earlier than Clerk answers.
+            work.run.covers = since if page.read_at is None else max(since, page.read_at - CLOCKS_APART_MS)
         differences = _repair(work, changed, [user for user in new if isinstance(user, Unusable)])
         for user in changed:
             known = 0 if differences.get(user.user_id) in ("missing", "outdated") else known + 1
@@ -210,12 +211,6 @@ def _incremental(work: _Work, since: int) -> bool:
             return offset + len(page.users) >= work.total
         offset += MOST_USERS - OVERLAP
     return False
-
-
-def _newest(changed: Sequence[UserChanged], read_at: int | None, since: int) -> int:
-    """The version of the latest change. One far ahead of Clerk's own clock is none."""
-    latest = None if read_at is None else read_at + CLOCKS_APART_MS
-    return max((user.version for user in changed if latest is None or user.version <= latest), default=since)
 
 
 def _name(raw: bytes, user: UserChanged | Unusable) -> tuple[str | bytes, int]:
@@ -252,7 +247,7 @@ def _full(work: _Work) -> None:
     connection, run = work.connection, work.run
 
     def use(batch: Batch) -> None:
-        if run.covers is None:
+        if not run.users:  # the first page
             run.covers = batch.updated_before
         _repair(work, batch.changed, batch.unusable)
 
@@ -263,6 +258,8 @@ def _full(work: _Work) -> None:
                 f"Clerk's list lacks {total:,} of our users, more than a fifth: nobody was erased. If they are gone "
                 "indeed: clerk-sync reconcile --full --erase-many"
             )
+        if total and not work.erase_many and sweep.too_few(run.users, work.total, work.api, slack=0.001):
+            raise SyncError("Clerk counts more users than its list has: nobody was erased")
         fresh: list[Unswept] = []
         done = 0
         for some in _unswept(connection):
@@ -274,7 +271,8 @@ def _full(work: _Work) -> None:
         for start in range(0, len(fresh), UNSWEPT_AT_ONCE):
             _settle_unswept(work, fresh[start : start + UNSWEPT_AT_ONCE], listed, again=True)
     if work.total >= MOST_USERS:
-        run.counters["surplus"] = _count(work, work.api.count())
+        # Fewer at Clerk than here are deletions under way, or lost ones: nothing to get used to.
+        run.counters["surplus"] = max(0, _count(work, work.api.count()))
 
 
 UNSWEPT_AT_ONCE: Final = MOST_IDS - CONTROLS
@@ -325,7 +323,7 @@ def _look_up(api: ClerkApi, user_ids: Sequence[str], listed: Sequence[str]) -> L
 
 
 def _is_fresh(version: int, read_at: int | None) -> bool:
-    return read_at is None or read_at - FRESH_MS < version < read_at + CLOCKS_APART_MS
+    return read_at is None or read_at - CLOCKS_APART_MS - FRESH_MS < version < read_at + CLOCKS_APART_MS
 
 
 SWEEPING = """

@@ -154,7 +154,8 @@ def latest(connection: Connection, kind: str, *, done: bool = False) -> Run | No
 
 
 COVERED = """
-select max(covers) from clerk.runs where state = 'done'
+select max(covers) from clerk.runs
+where state = 'done' and covers <= extract(epoch from now()) * 1000
 """
 
 
@@ -164,12 +165,13 @@ def covered(connection: Connection) -> int | None:
     return None if covers is None else int(covers)
 
 
+# What began or ended after now was dated by a clock that was set back since: it counts for nothing.
 # A day begins at 3 in the morning, UTC.
 DAILY_DUE = """
 select not exists (
   select from clerk.runs
   where kind = 'full' and state = 'done'
-    and started_at >= date_bin('1 day', now(), timestamptz '2000-01-01 03:00:00+00')
+    and started_at between date_bin('1 day', now(), timestamptz '2000-01-01 03:00:00+00') and now()
 )
 """
 
@@ -181,7 +183,8 @@ def daily_due(connection: Connection) -> bool:
 
 OVERDUE = """
 select not clerk.run_is_under_way() and not exists (
-  select from clerk.runs where greatest(started_at, finished_at) > now() - make_interval(secs => %(seconds)s)
+  select from clerk.runs
+  where greatest(started_at, finished_at) between now() - make_interval(secs => %(seconds)s) and now()
 )
 """
 
@@ -273,7 +276,7 @@ def save(connection: Connection, run: Run) -> None:
             "state": run.state,
             "covers": run.covers,
             "cursor": None if run.cursor is None else Jsonb(run.cursor),
-            "counters": Jsonb({name: number for name, number in run.counters.items() if number}),
+            "counters": Jsonb(run.counters),  # zeros too: no surplus is one
             "unusable": Jsonb(run.unusable),
             "calls": run.calls,
         },

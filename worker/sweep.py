@@ -84,7 +84,7 @@ def read(api: ClerkApi, cursor: Cursor | None, total: int, seen: int = 0) -> Ite
         before = before | set(names) if short else set(names)
         seen += len(new)
         ended = short and (seen >= total or not new)
-        if ended and _too_few(seen, total) and _too_few(seen, api.count()):
+        if ended and too_few(seen, total, api, slack=0.01):
             raise SyncError(f"Clerk counts {total:,} users, and its list ends after {seen:,}: it isn't whole")
         yield Batch(
             tuple(user for user in new if isinstance(user, UserChanged)),
@@ -95,17 +95,22 @@ def read(api: ClerkApi, cursor: Cursor | None, total: int, seen: int = 0) -> Ite
         )
 
 
-def _too_few(seen: int, total: int) -> bool:
-    """Whether so many can't be the whole list: a tenth may be deleted while it is read."""
-    return seen < total * 0.9 - LAST_ONES
+def too_few(seen: int, total: int, api: ClerkApi, *, slack: float) -> bool:
+    """Whether so many can't be the whole list: Clerk counted `total` before it, and counts more after it too. Of those
+    some may have signed up since; whoever was deleted meanwhile isn't among them."""
+
+    def few(counted: int) -> bool:
+        return seen < counted * (1 - slack) - LAST_ONES
+
+    return few(total) and few(api.count())
 
 
 def _next(api: ClerkApi, cursor: Cursor) -> _Page:
     """The page behind a place; where the users who mark it were deleted, by the time at which they were created."""
     try:
         page = _ask(api, starting_after=cursor.after)
-    except ClerkRefused as error:
-        if error.status not in (404, 422) or cursor.after in _existing(api, cursor):
+    except ClerkRefused:
+        if cursor.after in _existing(api, cursor):
             raise
         return _since(api, cursor)
     # After a cursor that isn't heeded comes the first page again.

@@ -45,6 +45,11 @@ language sql stable as $$
     case
       when users.user_id is null then 'missing'
       when users.deleted_at is not null then 'tombstoned'
+      -- What is newer here may have come without a kind that this brings.
+      when users.version > event.version
+        and (event.private is not null and (users.private_clock).version < event.version
+          or event.public is not null and (users.public_clock).version < event.version
+          or event.unsafe is not null and (users.unsafe_clock).version < event.version) then 'incomplete'
       when users.version > event.version then 'newer'
       when users.version < event.version then 'outdated'
       -- The same hash as the gate's.

@@ -238,7 +238,7 @@ def test_a_thousand_changes_are_repaired_in_four_calls(connection: Connection, c
     done = run(connection, api)
     assert (done.kind, done.counters["outdated"], done.calls) == (INCREMENTAL, 1_000, 4)
     assert here(connection) == there(clerk)
-    assert run(connection, api).calls == 2
+    assert run(connection, api).calls <= 4  # the last minute's changes once more
 
 
 @pytest.mark.usefixtures("small_pages")
