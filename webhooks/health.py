@@ -32,6 +32,10 @@ class Health:
         """What the inbox counts, and how the `runs` stand; None where Postgres doesn't answer."""
         try:
             with self._connect() as connection, deadline(connection, LIMIT_SECONDS):
-                return inbox.counts(connection) | {"runs": runs.overview(connection)}
+                counts = inbox.counts(connection)
+                try:
+                    return counts | {"runs": runs.overview(connection)}
+                except psycopg.errors.UndefinedTable:  # deployed before the migration
+                    return counts | {"runs": []}
         except psycopg.Error:
             return None

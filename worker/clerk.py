@@ -11,7 +11,7 @@ from typing import Final
 
 from worker import api_budget, users
 from worker.api_budget import ApiBudget
-from worker.clerk_api import MOST_IDS, ClerkApi, is_user_id
+from worker.clerk_api import CLOCKS_APART_MS, MOST_IDS, ClerkApi, is_user_id
 from worker.db import Connection
 from worker.errors import ConfigError, SyncError
 from worker.events import Unusable, UserChanged, parse_user
@@ -22,6 +22,12 @@ EXAMPLES: Final = frozenset({"user_29w83sxmDNGwOuEthce5gg56FcC", "user_2g7np7Hrk
 
 CONTROLS: Final = 5
 """How many users that Clerk should know are asked for beside those that may be gone."""
+
+AGAIN_SECONDS: Final = 2.0
+"""What differs from Clerk is looked at again after this long, since a webhook may be under way."""
+
+FRESH_MS: Final = 2_000
+"""A user updated so shortly before an answer may be missing in it without being gone."""
 
 
 @contextlib.contextmanager
@@ -147,9 +153,14 @@ def look_up(api: ClerkApi, user_ids: Sequence[str]) -> LookedUp:
     return answer
 
 
+def is_fresh(version: int, read_at: int | None) -> bool:
+    """Whether a user of this version changed so shortly before an answer that it may not know of them yet."""
+    return read_at is None or read_at - CLOCKS_APART_MS - FRESH_MS < version < read_at + CLOCKS_APART_MS
+
+
 def look_up_beside(api: ClerkApi, user_ids: Sequence[str], controls: Sequence[str]) -> LookedUp:
-    """Look up users beside CONTROLS others whom Clerk should know: an answer without any user tells of nobody that they
-    are gone. Raises SyncError for one."""
+    """Look up users beside CONTROLS others whom Clerk should know: an answer that lacks one of those, and then one of
+    others, or that knows nobody, tells of nobody that they are gone. Raises SyncError for one."""
     others = [user_id for user_id in controls if user_id not in user_ids]
     controls = others[:CONTROLS]
     answer = look_up(api, [*user_ids, *controls])
@@ -159,8 +170,8 @@ def look_up_beside(api: ClerkApi, user_ids: Sequence[str], controls: Sequence[st
         answer = look_up(api, [*user_ids, *controls])
     if answer.gone and (not answer.known or set(answer.gone) & set(controls)):
         raise SyncError(
-            "Clerk's API finds none of the users that it was asked for, known ones among them: nobody was erased on "
-            "that word. If they are gone indeed: clerk-sync refresh USER..."
+            "Clerk's API doesn't find users that it should know: nobody was erased on that word. If they are gone "
+            "indeed: clerk-sync refresh USER..."
         )
     asked = set(user_ids)
     answer.changed = [user for user in answer.changed if user.user_id in asked]

@@ -41,6 +41,9 @@ https://github.com/clerk/clerk-sdk-python/issues/166"""
 MOST_IDS: Final = 100
 """How many users one call can ask for by id."""
 
+CLOCKS_APART_MS: Final = 60_000
+"""So far the clock of Clerk's answers may be from that of its updates."""
+
 LARGEST_ANSWER: Final = 64 * 1024 * 1024
 
 _TIMEOUTS: Final = httpx.Timeout(30, connect=5)

@@ -17,15 +17,24 @@ from typing import Final
 import psycopg
 
 from worker import api_budget, pulled, runs, sweep, users
-from worker.clerk import CONTROLS, LookedUp, another_instance, heard_of, look_up, look_up_beside
-from worker.clerk_api import MOST_IDS, MOST_USERS, ClerkApi, is_user_id
+from worker.clerk import (
+    AGAIN_SECONDS,
+    CONTROLS,
+    LookedUp,
+    another_instance,
+    heard_of,
+    is_fresh,
+    look_up,
+    look_up_beside,
+)
+from worker.clerk_api import CLOCKS_APART_MS, MOST_IDS, MOST_USERS, ClerkApi, is_user_id
 from worker.db import Connection, deadline
 from worker.errors import SyncError
 from worker.events import Unusable, UserChanged, parse_user
 from worker.policy import Policy
 from worker.refresh import UNASKABLE, settle
 from worker.runs import FULL, INCREMENTAL, Run
-from worker.sweep import CLOCKS_APART_MS, Batch, ahead, read
+from worker.sweep import Batch, ahead, read
 
 DRIFT: Final = runs.DRIFT
 
@@ -42,12 +51,6 @@ MOST_PAGES: Final = 100
 """Longer than this an incremental run isn't cheaper than a full one: Clerk is slow with large offsets."""
 
 MOST_STEPS_BACK: Final = 5
-
-AGAIN_SECONDS: Final = 2.0
-"""What differs is looked at again after this long, since a webhook may be under way."""
-
-FRESH_MS: Final = 2_000
-"""A user updated so shortly before an answer may be missing in it without being gone."""
 
 MOST_NAMED: Final = 10_000
 """How many users of each kind of drift are named."""
@@ -136,7 +139,7 @@ def _kind(connection: Connection, total: int, since: int | None, *, full: bool, 
         return FULL, "small"
     if since is None:
         return FULL, "first"
-    if periodic and runs.daily_due(connection):
+    if periodic and runs.daily_due(connection) and not runs.too_soon(connection):
         return FULL, "daily"
     return INCREMENTAL, "periodic" if periodic else "asked"
 
@@ -198,8 +201,7 @@ def _incremental(work: _Work, since: int) -> bool:
         before = set(named)
         changed = [user for user in new if isinstance(user, UserChanged)]
         if work.run.covers is None:
-            # As in a full run: other clocks may stamp a change a little earlier than Clerk answers.
-            work.run.covers = since if page.read_at is None else max(since, page.read_at - CLOCKS_APART_MS)
+            work.run.covers = _newest(changed, page.read_at, since)
         differences = _repair(work, changed, [user for user in new if isinstance(user, Unusable)])
         for user in changed:
             known = 0 if differences.get(user.user_id) in ("missing", "outdated") else known + 1
@@ -211,6 +213,12 @@ def _incremental(work: _Work, since: int) -> bool:
             return offset + len(page.users) >= work.total
         offset += MOST_USERS - OVERLAP
     return False
+
+
+def _newest(changed: Sequence[UserChanged], read_at: int | None, since: int) -> int:
+    """The version of the latest change. One far ahead of Clerk's own clock is none."""
+    latest = None if read_at is None else read_at + CLOCKS_APART_MS
+    return max((user.version for user in changed if latest is None or user.version <= latest), default=since)
 
 
 def _name(raw: bytes, user: UserChanged | Unusable) -> tuple[str | bytes, int]:
@@ -252,14 +260,17 @@ def _full(work: _Work) -> None:
         _repair(work, batch.changed, batch.unusable)
 
     with _sweep(connection, work.api, work.total, use) as listed:
-        total = _find_unswept(connection, work.key)
+        total = _find_unswept(connection, work.api, work.key)
         if not work.erase_many and total > MANY and total > MANY_OF_ALL * users.count_live(connection):
             raise SyncError(
                 f"Clerk's list lacks {total:,} of our users, more than a fifth: nobody was erased. If they are gone "
                 "indeed: clerk-sync reconcile --full --erase-many"
             )
         if total and not work.erase_many and sweep.too_few(run.users, work.total, work.api, slack=0.001):
-            raise SyncError("Clerk counts more users than its list has: nobody was erased")
+            raise SyncError(
+                "Clerk counts more users than its list has: nobody was erased. If those whom the list lacks are gone "
+                "indeed: clerk-sync reconcile --full --erase-many"
+            )
         fresh: list[Unswept] = []
         done = 0
         for some in _unswept(connection):
@@ -267,7 +278,7 @@ def _full(work: _Work) -> None:
             done += len(some)
             work.observe(Progress("looking up", done, total))
         if fresh:
-            work.sleep(FRESH_MS / 1000)
+            work.sleep(AGAIN_SECONDS)
         for start in range(0, len(fresh), UNSWEPT_AT_ONCE):
             _settle_unswept(work, fresh[start : start + UNSWEPT_AT_ONCE], listed, again=True)
     if work.total >= MOST_USERS:
@@ -289,7 +300,7 @@ def _settle_unswept(work: _Work, some: Sequence[Unswept], listed: Sequence[str],
         run.note(unusable)
     answer = _look_up(work.api, _askable(some), listed)
     gone = set(answer.gone)
-    fresh = [] if again else [one for one in some if one[0] in gone and _is_fresh(one[1], answer.read_at)]
+    fresh = [] if again else [one for one in some if one[0] in gone and is_fresh(one[1], answer.read_at)]
     answer.gone = sorted(gone - {user_id for user_id, _ in fresh})
     asked = [*answer.gone, *answer.known]
     for result in settle(work.connection, work.policy, asked, answer):
@@ -320,10 +331,6 @@ def _look_up(api: ClerkApi, user_ids: Sequence[str], listed: Sequence[str]) -> L
     if counted := api.count():
         raise SyncError(f"Clerk's API counts {counted:,} users and lists none: nobody was erased")
     return look_up(api, user_ids)
-
-
-def _is_fresh(version: int, read_at: int | None) -> bool:
-    return read_at is None or read_at - CLOCKS_APART_MS - FRESH_MS < version < read_at + CLOCKS_APART_MS
 
 
 SWEEPING = """
@@ -381,15 +388,15 @@ select user_id from pg_temp.clerk_unswept where user_id = any(%(user_id)s)
 """
 
 
-def _find_unswept(connection: Connection, key: str) -> int:
-    """Find the users here whom the sweep didn't meet; how many they are. Raises ConfigError where it met nobody of whom
-    webhooks told, and such users didn't prove the key before."""
+def _find_unswept(connection: Connection, api: ClerkApi, key: str) -> int:
+    """Find the users here whom the sweep didn't meet; how many they are. Raises ConfigError where Clerk knows nobody of
+    whom webhooks told, and such users didn't prove the key before."""
     with deadline(connection, UNSWEPT_SECONDS), connection.transaction():
         connection.execute(FIND_UNSWEPT)
     ((number,),) = connection.execute(COUNT_UNSWEPT).fetchall()
     if api_budget.known_by(connection, key) != "webhooks" and (heard := heard_of(connection)):
         unmet = connection.execute(UNSWEPT_OF, {"user_id": heard}).fetchall()
-        if len(unmet) == len(heard):
+        if len(unmet) == len(heard) and not look_up(api, heard).known:
             raise another_instance(heard[0])
         api_budget.confirm(connection, key, "webhooks")
     return int(number)
@@ -491,7 +498,7 @@ def check(
         observe(Progress("comparing", drift.compared, max(total, drift.compared)))
 
     with _sweep(connection, api, total, use) as listed:
-        unswept, done = _find_unswept(connection, key), 0
+        unswept, done = _find_unswept(connection, api, key), 0
         for some in _unswept(connection):
             drift.unusable += _unaskable(some)
             answer = _look_up(api, _askable(some), listed)

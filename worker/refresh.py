@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from worker import users
-from worker.clerk import CONTROLS, EXAMPLES, LookedUp, look_up, look_up_beside
+from worker.clerk import AGAIN_SECONDS, CONTROLS, EXAMPLES, LookedUp, is_fresh, look_up, look_up_beside
 from worker.clerk_api import MOST_IDS, ClerkApi, is_user_id
 from worker.db import Connection
 from worker.events import Unusable, UserDeleted
@@ -18,7 +19,7 @@ from worker.pulled import pass_users
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a user: applied, unchanged, older or deleted (there was a tombstone) by the gate; erased now,
-    since Clerk has no such user; or unusable, for that reason."""
+    since Clerk has no such user; unknown, where it was not here either; or unusable, for that reason."""
 
     user_id: str
     outcome: str
@@ -26,15 +27,34 @@ class Result:
 
 
 def refresh_users(
-    connection: Connection, policy: Policy, api: ClerkApi, user_ids: Iterable[str]
+    connection: Connection,
+    policy: Policy,
+    api: ClerkApi,
+    user_ids: Iterable[str],
+    *,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> Iterator[list[Result]]:
     """Refresh these users, each once: what became of them, a hundred at most at a time, after their commit.
 
-    Raises what ClerkApi does, and psycopg.Error; what has been given by then stays.
+    Who changed a moment ago and seems to be gone is asked for once more. Raises what ClerkApi does, and psycopg.Error;
+    what has been given by then stays.
     """
     remaining = iter(dict.fromkeys(user_ids))
     while batch := list(islice(remaining, MOST_IDS)):
-        yield settle(connection, policy, batch, look_up(api, batch))
+        answer = look_up(api, batch)
+        versions = users.versions(connection, answer.gone)
+        # Maybe somebody who signed up a moment ago: a tombstone would keep them out for ever.
+        unknown = [Result(user_id, "unknown") for user_id in answer.gone if user_id not in versions]
+        answer.gone = list(versions)
+        fresh = [user_id for user_id, version in versions.items() if is_fresh(version, answer.read_at)]
+        if fresh:
+            sleep(AGAIN_SECONDS)
+            again = look_up(api, fresh)
+            answer.changed += again.changed
+            answer.unusable += again.unusable
+            answer.gone = [user_id for user_id in answer.gone if user_id not in again.known]
+        results = settle(connection, policy, [*answer.known, *answer.gone], answer) + unknown
+        yield sorted(results, key=lambda result: batch.index(result.user_id))
 
 
 def refresh_missing(connection: Connection, policy: Policy, api: ClerkApi) -> Iterator[list[Result]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ MOST_LISTED: Final = 100
 REASON_LENGTH: Final = 500
 
 KEPT_DAYS: Final = 30
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -111,7 +114,10 @@ def alone(connection: Connection) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(psycopg.Error):
-            connection.execute(UNLOCK)
+            if connection.execute(UNLOCK).fetchone() != (True,):
+                logger.error(
+                    "the lock of this run was another session's: a pooler before Postgres must not share connections"
+                )
 
 
 class AlreadyRunning(SyncError):

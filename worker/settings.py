@@ -153,6 +153,10 @@ def _signing_secrets(text: str) -> tuple[str, ...]:
 def _database_url(text: str) -> str:
     if not text.startswith(("postgresql://", "postgres://")):
         raise ValueError("must begin with postgresql://")
+    # Whatever reads it otherwise would quote a part of the password in its error.
+    authority = text.partition("://")[2].partition("/")[0]
+    if authority.count("@") > 1 or re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise ValueError("has a character that must be encoded: in a password write % as %25, @ as %40 and / as %2F")
     return text
 
 

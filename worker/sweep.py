@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from worker.clerk_api import MOST_USERS, ClerkApi, is_user_id
+from worker.clerk_api import CLOCKS_APART_MS, MOST_USERS, ClerkApi, is_user_id
 from worker.errors import ClerkRefused, SyncError
 from worker.events import PROFILE, Unusable, UserChanged, parse_user
 
@@ -17,9 +17,6 @@ T = TypeVar("T")
 
 LAST_ONES: Final = 10
 """Of how many users at the end of a page the time counts where its last ones are deleted."""
-
-CLOCKS_APART_MS: Final = 60_000
-"""So far the clock of Clerk's answers may be from that of its updates."""
 
 _CREATED_AT: Final = PROFILE.index("created_at")
 

@@ -452,6 +452,17 @@ def some(connection: Connection, most: int) -> list[str]:
     return [user_id for (user_id,) in connection.execute(SOME, {"most": most})]
 
 
+VERSIONS = """
+select user_id, case when deleted_at is null then version else 0 end
+from clerk.users where user_id = any(%(user_id)s)
+"""
+
+
+def versions(connection: Connection, user_ids: Sequence[str]) -> dict[str, int]:
+    """The versions of those of these users who are here; 0 for a tombstone."""
+    return dict(connection.execute(VERSIONS, {"user_id": list(user_ids)}).fetchall())
+
+
 # There are fewer tombstones than users, and they have an index.
 COUNT_LIVE = """
 select

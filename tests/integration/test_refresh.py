@@ -82,7 +82,7 @@ def test_a_user_that_clerk_lacks_is_erased_with_the_inbox_and_no_late_event_brin
     connection: Connection, clerk: StandIn, api: ClerkApi
 ) -> None:
     deliver(connection, changed("user_a", T0, private={"v": 1}), changed("user_a", T0 + 1, private=["not an object"]))
-    assert run(connection, api, "user_a", "user_never_was") == {"user_a": "erased", "user_never_was": "erased"}
+    assert run(connection, api, "user_a", "user_never_was") == {"user_a": "erased", "user_never_was": "unknown"}
     deliver(connection, changed("user_a", T0 + 9, private={"v": 2}))
     assert rows(connection) == {}
     ((bodies,),) = connection.execute("select count(body) from clerk.webhook_events").fetchall()
@@ -94,6 +94,7 @@ def test_an_erased_user_is_dated_by_the_answer_and_the_earliest_date_stays(
     connection: Connection, clerk: StandIn, api: ClerkApi
 ) -> None:
     ((now,),) = connection.execute("select extract(epoch from now())::bigint").fetchall()
+    deliver(connection, changed("user_a", T0))
     run(connection, api, "user_a")
     first = tombstones(connection)["user_a"]
     assert abs(first - now) < 30
@@ -261,10 +262,11 @@ def test_the_command_prints_what_became_of_each_user_and_the_calls(
     connection: Connection, clerk: StandIn, env: dict[str, Any]
 ) -> None:
     clerk.put({"id": "user_a"})
+    deliver(connection, changed("user_a", T0, private={"v": 1}), changed("user_b", T0))
     ran = command("refresh", "user_a", "user_b", env=env)
     assert ran.exit_code == 0
     assert [line.split() for line in ran.stdout.splitlines()[:2]] == [["user_a", "applied"], ["user_b", "erased"]]
-    assert ran.stdout.endswith("2 users: 1 applied, 1 erased; 1 call.\n")
+    assert ran.stdout.endswith("2 users: 1 applied, 1 erased; 2 calls.\n")
     assert list(rows(connection)) == ["user_a"]
 
 

@@ -39,8 +39,8 @@ def refresh(*, user_ids: tuple[str, ...], missing: bool, patience: float, info: 
     clerk-sync refresh --missing        after budget reweigh said that metadata is to be copied
 
     A user that Clerk doesn't have is erased, as user.deleted would. Prints what became of each: applied, unchanged,
-    older (what is here is newer), erased, deleted (erased before), unusable. Run it with the settings that the workers
-    have. Exits 1 where a user is unusable or Clerk doesn't answer.
+    older (what is here is newer), erased, deleted (erased before), unknown (to Clerk and here), unusable. Run it with
+    the settings that the workers have. Exits 1 where a user is unusable or Clerk doesn't answer.
     """
     _check(user_ids, missing=missing)
     found = settings(info, "database_url", "secret_key")
