@@ -230,3 +230,10 @@ def test_a_time_between_reconciles_that_is_none_is_refused(given: str) -> None:
 def test_a_share_that_is_none_is_refused(given: str) -> None:
     (found,) = problems(COMPLETE | {"CLERK_API_SHARE": given})
     assert found.startswith("CLERK_API_SHARE: ")
+
+
+@pytest.mark.parametrize("password", ["top%zzs3cr3t", "top@s3cr3t"])
+def test_a_password_that_is_not_encoded_is_refused_without_a_part_of_it(password: str) -> None:
+    (found,) = problems(COMPLETE | {"DATABASE_URL": f"postgresql://user:{password}@host/database"})
+    assert found.startswith("DATABASE_URL: has a character that must be encoded: ")
+    assert "cr3t" not in found
