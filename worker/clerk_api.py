@@ -310,7 +310,8 @@ def _cause(error: BaseException) -> BaseException:
 def _given_up(started: float, last: _Failed) -> ClerkUnavailable:
     pause = f", which asks for a pause of {last.wait:g} s" if last.wait else ""
     return ClerkUnavailable(
-        f"Clerk's API didn't answer for {time.monotonic() - started:.3g} s (last: {last.reason}{pause})"
+        f"Clerk's API didn't answer for {time.monotonic() - started:.3g} s (last: {last.reason}{pause}): try again "
+        "later, or see whether CLERK_API_URL can be reached from here"
     )
 
 
