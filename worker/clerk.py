@@ -39,12 +39,26 @@ def reach(
     sleep: Callable[[float], object] = time.sleep,
     strict: bool = False,
 ) -> Iterator[tuple[Connection, ClerkApi]]:
-    """A connection for the users, and Clerk's API, whose calls are booked over another one.
+    """A connection for the users, and Clerk's API with a key that is sure to be that of their instance.
 
     `patience` and `sleep` are those of ClerkApi, `strict` that of confirm_instance. Raises what both do, and
     psycopg.Error.
     """
-    with connect() as connection, connect() as booking:
+    with connect() as connection, budgeted(settings, connect, patience=patience, sleep=sleep) as api:
+        confirm_instance(connection, api, api_budget.key_id(settings.secret_key), strict=strict)
+        yield connection, api
+
+
+@contextlib.contextmanager
+def budgeted(
+    settings: Settings,
+    connect: Callable[[], Connection],
+    *,
+    patience: float,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Iterator[ClerkApi]:
+    """Clerk's API, whose calls are booked over a connection of their own. Raises psycopg.Error."""
+    with connect() as booking:
         budget = ApiBudget(booking, settings.secret_key, settings.api_share)
         api = ClerkApi(
             settings.secret_key,
@@ -55,23 +69,12 @@ def reach(
             sleep=sleep,
         )
         with contextlib.closing(api):
-            confirm_instance(connection, api, api_budget.key_id(settings.secret_key), strict=strict)
-            yield connection, api
-
-
-# Live users, so that nothing is asked of those who are gone.
-HEARD_OF = """
-select distinct user_id from (
-  select user_id from clerk.webhook_events join clerk.users using (user_id)
-  where state = 'done' and deleted_at is null and user_id like 'user\\_%%'
-  limit %(most)s
-) as heard_of
-"""
+            yield api
 
 
 def heard_of(connection: Connection) -> list[str]:
     """Some live users of whom webhooks told, without the Dashboard's examples."""
-    return _askable(user_id for (user_id,) in connection.execute(HEARD_OF, {"most": MOST_IDS}))
+    return askable(users.heard_of(connection, MOST_IDS))
 
 
 def confirm_instance(connection: Connection, api: ClerkApi, key: str, *, strict: bool) -> None:
@@ -87,7 +90,7 @@ def confirm_instance(connection: Connection, api: ClerkApi, key: str, *, strict:
     heard = heard_of(connection)
     if known_by and not heard:
         return
-    some = heard or _askable(users.some(connection, MOST_IDS))
+    some = heard or askable(users.some(connection, MOST_IDS))
     if some and not look_up(api, some).known:
         raise another_instance(some[0])
     api_budget.confirm(connection, key, "webhooks" if heard else "pulls")
@@ -102,7 +105,8 @@ def another_instance(user_id: str) -> ConfigError:
     )
 
 
-def _askable(user_ids: Iterable[str]) -> list[str]:
+def askable(user_ids: Iterable[str]) -> list[str]:
+    """Those of these users whom Clerk can be asked for, and may have."""
     return [user_id for user_id in user_ids if is_user_id(user_id) and user_id not in EXAMPLES]
 
 

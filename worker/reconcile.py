@@ -16,7 +16,7 @@ from typing import Final
 
 import psycopg
 
-from worker import api_budget, pulled, runs, sweep, users
+from worker import api_budget, pulled, runs, users
 from worker.clerk import (
     AGAIN_SECONDS,
     CONTROLS,
@@ -33,10 +33,8 @@ from worker.errors import SyncError
 from worker.events import Unusable, UserChanged, parse_user
 from worker.policy import Policy
 from worker.refresh import UNASKABLE, settle
-from worker.runs import FULL, INCREMENTAL, Run
-from worker.sweep import Batch, ahead, read
-
-DRIFT: Final = runs.DRIFT
+from worker.runs import DRIFT, FULL, INCREMENTAL, Run
+from worker.sweep import Batch, ahead, read, too_few
 
 REPAIRED: Final = frozenset({"missing", "outdated", "incomplete", "unweighed"})
 """The differences for which a user passes the gate."""
@@ -266,7 +264,7 @@ def _full(work: _Work) -> None:
                 f"Clerk's list lacks {total:,} of our users, more than a fifth: nobody was erased. If they are gone "
                 "indeed: clerk-sync reconcile --full --erase-many"
             )
-        if total and not work.erase_many and sweep.too_few(run.users, work.total, work.api, slack=0.001):
+        if total and not work.erase_many and too_few(run.users, work.total, work.api, slack=0.001):
             raise SyncError(
                 "Clerk counts more users than its list has: nobody was erased. If those whom the list lacks are gone "
                 "indeed: clerk-sync reconcile --full --erase-many"
@@ -302,8 +300,7 @@ def _settle_unswept(work: _Work, some: Sequence[Unswept], listed: Sequence[str],
     gone = set(answer.gone)
     fresh = [] if again else [one for one in some if one[0] in gone and is_fresh(one[1], answer.read_at)]
     answer.gone = sorted(gone - {user_id for user_id, _ in fresh})
-    asked = [*answer.gone, *answer.known]
-    for result in settle(work.connection, work.policy, asked, answer):
+    for result in settle(work.connection, work.policy, answer):
         match result.outcome:
             case "erased":
                 run.counters.update(("gone", "erased"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from worker import users
-from worker.clerk import AGAIN_SECONDS, CONTROLS, EXAMPLES, LookedUp, is_fresh, look_up, look_up_beside
+from worker.clerk import AGAIN_SECONDS, CONTROLS, LookedUp, askable, is_fresh, look_up, look_up_beside
 from worker.clerk_api import MOST_IDS, ClerkApi, is_user_id
 from worker.db import Connection
 from worker.events import Unusable, UserDeleted
@@ -53,7 +53,7 @@ def refresh_users(
             answer.changed += again.changed
             answer.unusable += again.unusable
             answer.gone = [user_id for user_id in answer.gone if user_id not in again.known]
-        results = settle(connection, policy, [*answer.known, *answer.gone], answer) + unknown
+        results = settle(connection, policy, answer) + unknown
         yield sorted(results, key=lambda result: batch.index(result.user_id))
 
 
@@ -67,7 +67,7 @@ def refresh_missing(connection: Connection, policy: Policy, api: ClerkApi) -> It
         asked = [user_id for user_id in batch if is_user_id(user_id)]
         answer = look_up_beside(api, asked, controls(connection, set(batch)))
         answer.unusable += [Unusable(None, user_id, UNASKABLE) for user_id in batch if not is_user_id(user_id)]
-        yield settle(connection, policy, batch, answer)
+        yield sorted(settle(connection, policy, answer), key=lambda result: result.user_id)
         after = batch[-1]
 
 
@@ -76,8 +76,7 @@ UNASKABLE = "no id that Clerk could be asked for; if the user is gone: clerk-syn
 
 def controls(connection: Connection, but: Collection[str]) -> list[str]:
     """Users whom Clerk should know."""
-    some = users.some(connection, 3 * MOST_IDS)
-    return [user_id for user_id in some if user_id not in but and user_id not in EXAMPLES and is_user_id(user_id)]
+    return [user_id for user_id in askable(users.some(connection, 3 * MOST_IDS)) if user_id not in but]
 
 
 NOW = """
@@ -91,8 +90,8 @@ def _now(connection: Connection) -> int:
     return int(now)
 
 
-def settle(connection: Connection, policy: Policy, batch: Sequence[str], answer: LookedUp) -> list[Result]:
-    """Pass the users of a batch through the gate, then erase those that are gone, each in a transaction of its own:
+def settle(connection: Connection, policy: Policy, answer: LookedUp) -> list[Result]:
+    """Pass the users of an answer through the gate, then erase those that are gone, each in a transaction of its own:
     both lock in the order of ids, and so would not one after the other."""
     passed = pass_users(connection, policy, [users.weigh(policy, user) for user in answer.changed])
     users.warn(passed.crossings, policy.budget)
@@ -107,4 +106,4 @@ def settle(connection: Connection, policy: Policy, batch: Sequence[str], answer:
         outcomes = users.gate_deletions(connection, [UserDeleted(user_id, at) for user_id in gone])
         for user_id, outcome in zip(gone, outcomes, strict=True):
             results[user_id] = Result(user_id, "erased" if outcome == "deleted" else "deleted")
-    return [results[user_id] for user_id in batch]
+    return list(results.values())

@@ -21,7 +21,6 @@ from worker.events import Unusable
 BACKFILL: Final = "backfill"
 FULL: Final = "full"
 INCREMENTAL: Final = "incremental"
-KINDS: Final = (BACKFILL, FULL, INCREMENTAL)
 
 SEEN: Final = ("applied", "unchanged", "older", "tombstoned", "unusable")
 """The counters of which each user that a run has been through is in one."""

@@ -104,7 +104,7 @@ NOT_HERE: Final = frozenset(
     | {"query", "banned", "provider", "provider_user_id"}
 )
 
-Query = Mapping[str, Sequence[str]]
+Query = dict[str, list[str]]
 Key = tuple[Any, ...]
 """What users are sorted by; the id comes last and makes it unique."""
 
@@ -274,7 +274,7 @@ def parse_filters(query: Query) -> Filters:
     """The filters of a query. A parameter that Clerk doesn't know is ignored, `user_id[]` for one."""
     for name in NOT_HERE & query.keys():
         raise Problem(501, "not_implemented", "not implemented", f"The stand-in has no filter {name}.", name)
-    named = query.get("user_id", ())
+    named = query.get("user_id", [])
     if len(named) > MOST_VALUES:
         long_message = f"user_id is included more than the maximum of {MOST_VALUES} times."
         raise Problem(422, "form_param_duplicate", "is included too often", long_message, "user_id")
@@ -292,7 +292,7 @@ def parse_listing(query: Query) -> Listing:
     if limit < 1:  # not documented, nor known
         raise Problem(422, "form_param_value_invalid", "is invalid", "limit must be at least 1.", "limit")
     # Only the first counts. A `+` that wasn't encoded arrives as a space, and is an unknown order.
-    order_by = query.get("order_by", ("-created_at",))[0]
+    order_by = query.get("order_by", ["-created_at"])[0]
     falling, order = order_by.startswith("-"), order_by[order_by.startswith(("-", "+")) :]
     if order not in ORDERS and order not in TIMES:
         raise Problem(422, "form_param_value_invalid", "is invalid", f"{order_by} is no order.", "order_by")

@@ -452,6 +452,21 @@ def some(connection: Connection, most: int) -> list[str]:
     return [user_id for (user_id,) in connection.execute(SOME, {"most": most})]
 
 
+# Live ones: nobody is to be asked about who is gone.
+HEARD_OF = """
+select distinct user_id from (
+  select user_id from clerk.webhook_events join clerk.users using (user_id)
+  where state = 'done' and deleted_at is null and user_id like 'user\\_%%'
+  limit %(most)s
+) as heard_of
+"""
+
+
+def heard_of(connection: Connection, most: int) -> list[str]:
+    """Some live users of whom webhooks told."""
+    return [user_id for (user_id,) in connection.execute(HEARD_OF, {"most": most})]
+
+
 VERSIONS = """
 select user_id, case when deleted_at is null then version else 0 end
 from clerk.users where user_id = any(%(user_id)s)

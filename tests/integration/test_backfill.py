@@ -109,7 +109,9 @@ def test_a_second_backfill_begins_anew_and_changes_nothing(
     assert counters(second) == {"unchanged": 700}
 
 
-def test_a_list_that_seems_to_end_too_soon_is_read_on(connection: Connection, clerk: StandIn, api: ClerkApi) -> None:
+def test_a_list_that_seems_to_end_too_soon_is_read_on(
+    connection: Connection, clerk: StandIn, api: ClerkApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = clerk.fill(1_200)
     whole = clerk.answer
 
@@ -119,14 +121,14 @@ def test_a_list_that_seems_to_end_too_soon_is_read_on(connection: Connection, cl
             return Answer(200, rendered(json.loads(answer.body)[:-7]))
         return answer
 
-    clerk.answer = cut_short  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(clerk, "answer", cut_short)
     run = backfill(connection, Policy(), api)
     assert here(connection) == set(ids)
     assert counters(run) == {"applied": 1_200}
 
 
 def test_a_list_that_ends_far_too_soon_is_not_taken_for_whole(
-    connection: Connection, clerk: StandIn, api: ClerkApi
+    connection: Connection, clerk: StandIn, api: ClerkApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = set(clerk.fill(1_200)[:100])
     whole = clerk.answer
@@ -137,7 +139,7 @@ def test_a_list_that_ends_far_too_soon_is_not_taken_for_whole(
             return Answer(200, rendered([user for user in json.loads(answer.body) if user["id"] in listed]))
         return answer
 
-    clerk.answer = cut_short  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(clerk, "answer", cut_short)
     with pytest.raises(SyncError, match="isn't whole"):
         backfill(connection, Policy(), api)
     assert [(state, error) for _, state, _, error, *_ in connection.execute(RUNS)] == [
@@ -288,7 +290,7 @@ def test_an_answer_that_ignores_the_cursor_fails_the_run_instead_of_going_round(
 
     def ignore(call: Call) -> None:
         if "starting_after" in call.query:
-            del call.query["starting_after"]  # type: ignore[attr-defined]
+            del call.query["starting_after"]
 
     clerk.before = ignore
     with pytest.raises(SyncError, match="another page than the one that was asked for"):

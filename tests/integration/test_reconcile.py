@@ -535,7 +535,7 @@ def answers(clerk: StandIn, when: Callable[[Call], bool], **query: list[str]) ->
 
     def before(call: Call) -> None:
         if when(call):
-            call.query.update(query)  # type: ignore[attr-defined]
+            call.query.update(query)
 
     clerk.before = before
 
@@ -588,7 +588,7 @@ def test_nobody_is_erased_nor_missed_where_clerk_lowers_its_largest_page(
 
     def lowered(call: Call) -> None:
         if int(call.query.get("limit", ["0"])[0]) > 100:
-            call.query["limit"] = ["10"]  # type: ignore[index]
+            call.query["limit"] = ["10"]
 
     clerk.before = lowered
     done = run(connection, api)

@@ -7,20 +7,18 @@ import json
 import secrets
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any, Final, NamedTuple
 
 import click
-import httpx
 import psycopg
 from rich.console import Console
 from rich.table import Table
 
 from worker import db
-from worker.api_budget import ApiBudget
-from worker.clerk_api import ClerkApi
+from worker.clerk import budgeted
 from worker.cli.charts import plural
 from worker.cli.send import post
 from worker.cli.up import Info, announce, data_dir_option, port_option, serve
@@ -138,21 +136,13 @@ def ask(clerk: StandIn, database_url: str, run: str) -> tuple[list[Result], int]
     The database can be one in use, where everybody else is unknown to the stand-in: nothing that compares all users
     with Clerk may be run here.
     """
-    settings = Settings.from_env()  # for the policy that the workers have
-    with (
-        db.connect(database_url, "demo") as connection,
-        db.connect(database_url, "demo") as booking,
-        httpx.Client(trust_env=False) as client,  # no proxy leads to this machine's loopback
-    ):
-        budget = ApiBudget(booking, clerk.secret_key, settings.api_share)
-        api = ClerkApi(
-            clerk.secret_key,
-            clerk.url,
-            budget.take,
-            on_retry_after=budget.block,
-            client=client,
-            patience_seconds=ANSWERED_WITHIN_SECONDS,
-        )
+    # The policy that the workers have, and nothing else that leads to a real Clerk.
+    settings = replace(Settings.from_env(), secret_key=clerk.secret_key, api_url=clerk.url)
+
+    def connect() -> db.Connection:
+        return db.connect(database_url, "demo")
+
+    with connect() as connection, budgeted(settings, connect, patience=ANSWERED_WITHIN_SECONDS) as api:
         batches = refresh_users(connection, settings.policy, api, asked(run))
         return [result for batch in batches for result in batch], api.calls
 

@@ -19,8 +19,8 @@ from worker.cli.history import counted, found, why
 from worker.cli.options import info_option, json_option, settings, to_json
 from worker.cli.pulling import Shown, ending, patience_option, print_unusable, pulling
 from worker.jsontext import visible
-from worker.reconcile import DRIFT, MANY, MOST_NAMED, Drift, Progress
-from worker.runs import MOST_LISTED, Run
+from worker.reconcile import MANY, MOST_NAMED, Drift, Progress
+from worker.runs import DRIFT, MOST_LISTED, Run
 
 NAMED: Final = 10
 """So many users of each kind of drift are shown; JSON names more."""
