@@ -14,7 +14,7 @@ from kombu import Connection as BrokerConnection
 from kombu import Exchange, Queue
 from kombu.exceptions import ChannelError
 
-from worker import db, inbox, log, tasks
+from worker import db, inbox, log, metrics, tasks
 from worker.errors import BrokerDown, SyncError
 from worker.reconciler import Reconciler
 from worker.settings import Settings
@@ -117,6 +117,7 @@ def create_worker(settings: Settings) -> Celery:
             reconciler.join(STOP_SECONDS)
 
     def heard(**_: Any) -> None:
+        metrics.WAKE_UPS.inc()
         watch.heard()
 
     def forked(**_: Any) -> None:

@@ -44,6 +44,7 @@ APPLIED = Counter(
     ["outcome"],
 )
 REPLACED = Counter("clerk_sync_replaced", "Values that jsonb can't hold, replaced by U+FFFD")
+WAKE_UPS = Counter("clerk_sync_wake_ups", "Wake-ups that the workers heard from the broker")
 DRAINS = Counter("clerk_sync_drains", "Drains of the inbox by what started them: doorbell or sweep", ["cause"])
 
 
@@ -66,7 +67,7 @@ def render(counts: dict[str, Any] | None) -> bytes:
     if values.ValueClass is not values.MutexValue:
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     else:
-        for metric in (DELIVERIES, ACK, FRESHNESS, BATCH, APPLIED, REPLACED, DRAINS):
+        for metric in (DELIVERIES, ACK, FRESHNESS, BATCH, APPLIED, REPLACED, WAKE_UPS, DRAINS):
             registry.register(metric)
     registry.register(_Counted(counts))
     return generate_latest(registry)

@@ -30,6 +30,8 @@ SWEEP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.5, 4.0)
 """The first and the longest wait after a failure; each wait is halved or kept at random, so that workers spread."""
 
+COMPLAIN_SECONDS: Final = 10.0
+
 WATCH_SECONDS: Final = 5.0
 DEAF_SECONDS: Final = 20.0
 """How long a wake-up may wait in the broker while this worker is idle, before it counts as deaf and is replaced."""
@@ -43,6 +45,7 @@ class Drainer:
         self._policy = policy
         self._connection: Connection | None = None
         self._parents: Connection | None = None
+        self._complained = -COMPLAIN_SECONDS
         self.reset()
 
     def reset(self) -> None:
@@ -74,7 +77,10 @@ class Drainer:
             drain(self._connected(), self._policy, observe=lambda batch: self._observe(batch, cause))
         except psycopg.OperationalError as error:
             self._disconnect()
-            log.warning("Postgres is not to be had; what is pending stays so", extra={"error": describe(error)})
+            # Every wake-up tries it; one line is enough for a while.
+            if time.monotonic() - self._complained >= COMPLAIN_SECONDS:
+                self._complained = time.monotonic()
+                log.warning("Postgres is not to be had; what is pending stays so", extra={"error": describe(error)})
             return False
         except psycopg.Error as error:
             self._disconnect()
