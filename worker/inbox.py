@@ -31,28 +31,36 @@ class Incoming:
 # One statement, one commit, for all deliveries that wait at this moment. A delivery that is still pending is left as
 # it is (a duplicate); one that was applied or set aside comes in again (a replay). What a deleted user's dead event
 # carried is not kept. Duplicates are left out before `on conflict` sees them: it would wait for a worker that holds
-# them, and everybody else's delivery with it.
+# them, and everybody else's delivery with it. A replay is taken from `new`, not from `excluded`: Postgres asks whoever
+# reads a column of that for the privilege to read it in the table, and a receiver may not read bodies.
 RECORD = """
+with new as materialized (
+  select
+    svix_id, sent_at, type, user_id, version,
+    case when error is null then 'pending' else 'dead' end as state,
+    error,
+    case when error is not null then now() end as processed_at,
+    case when error is null or not exists (
+      select from clerk.users where users.user_id = delivery.user_id and users.deleted_at is not null
+    ) then body end as body
+  from unnest(
+    %(svix_id)b::text[], %(sent_at)b::timestamptz[], %(type)b::text[], %(user_id)b::text[], %(version)b::bigint[],
+    %(error)b::text[], %(body)b::bytea[]
+  ) as delivery (svix_id, sent_at, type, user_id, version, error, body)
+)
 insert into clerk.webhook_events as events
   (svix_id, sent_at, type, user_id, version, state, error, processed_at, body)
-select
-  new.svix_id, new.sent_at, new.type, new.user_id, new.version,
-  case when new.error is null then 'pending' else 'dead' end,
-  new.error,
-  case when new.error is not null then now() end,
-  case when new.error is null or not exists (
-    select from clerk.users where users.user_id = new.user_id and users.deleted_at is not null
-  ) then new.body end
-from unnest(
-  %(svix_id)b::text[], %(sent_at)b::timestamptz[], %(type)b::text[], %(user_id)b::text[], %(version)b::bigint[],
-  %(error)b::text[], %(body)b::bytea[]
-) as new (svix_id, sent_at, type, user_id, version, error, body)
+select svix_id, sent_at, type, user_id, version, state, error, processed_at, body
+from new
 where not exists (
   select from clerk.webhook_events as waiting where waiting.svix_id = new.svix_id and waiting.state = 'pending'
 )
 on conflict (svix_id) do update set
-  sent_at = excluded.sent_at, type = excluded.type, user_id = excluded.user_id, version = excluded.version,
-  state = excluded.state, error = excluded.error, processed_at = excluded.processed_at, body = excluded.body,
+  (sent_at, type, user_id, version, state, error, processed_at, body) = (
+    select sent_at, type, user_id, version, state, error, processed_at, body
+    from new
+    where new.svix_id = excluded.svix_id
+  ),
   attempts = 0, received_at = now()
 where events.state <> 'pending'
 returning svix_id
