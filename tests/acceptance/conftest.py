@@ -22,7 +22,7 @@ def new_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     def make(**environment: str) -> System:
         folder = tmp_path_factory.mktemp("up")
         folder.chmod(0o711)  # the account that Postgres runs as has to pass
-        made.append(System(folder, **environment))
+        made.append(System(folder, environment))
         return made[-1]
 
     yield make

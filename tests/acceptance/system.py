@@ -150,6 +150,16 @@ class Client:
         """A plain GET."""
         return self.ask("GET", path)
 
+    def metrics(self) -> dict[str, float]:
+        """One scrape: each sample by its name and labels."""
+        answer = self.get("/metrics")
+        assert answer.status == 200
+        return {
+            sample.name + "".join(f"{{{key}={value}}}" for key, value in sorted(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(answer.body.decode())
+            for sample in family.samples
+        }
+
     def post(self, body: bytes | Iterator[bytes], headers: Mapping[str, str]) -> Answer:
         """Post to the endpoint with these headers."""
         return self.ask("POST", None, body, {"content-type": "application/json", **headers})
@@ -175,7 +185,8 @@ Row = tuple[Any, Any, Any, int]
 class System:
     """A running `clerk-sync up` in a folder; its whole output stands in `output`."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], port: int = 0) -> None:
+        self._port = port
         self.data_dir = folder / "data"
         self.info_path = folder / "info.json"
         self._log = folder / "output.log"
@@ -187,8 +198,14 @@ class System:
 
     def start(self) -> None:
         """Start, and return when it says that it is ready."""
+        self.launch()
+        until(lambda: self.info_path.exists() or self.ended, START_SECONDS, "the start")
+        assert not self.ended, f"it ended at its start:\n{self.output}"
+
+    def launch(self) -> None:
+        """Start, and return at once."""
         self._file = self._log.open("ab")
-        command = [PROGRAMS / "clerk-sync", "up", "--port", "0"]
+        command = [PROGRAMS / "clerk-sync", "up", "--port", str(self._port)]
         command += ["--data-dir", self.data_dir, "--info", self.info_path]
         self._process = local.launch(
             [str(part) for part in command],
@@ -197,8 +214,6 @@ class System:
             output=self._file,
             folder=self.data_dir.parent,
         )
-        until(lambda: self.info_path.exists() or self._ended(), START_SECONDS, "the start")
-        assert not self._ended(), f"it ended at its start:\n{self.output}"
 
     def stop(self, number: signal.Signals = signal.SIGTERM, limit_seconds: float = 30.0) -> int:
         """Send a signal, wait for the end; the exit code."""
@@ -220,8 +235,24 @@ class System:
         """Whether it was started and has not been stopped."""
         return self._process is not None
 
-    def _ended(self) -> bool:
+    @property
+    def ended(self) -> bool:
+        """Whether its process is gone, or was never started."""
         return self._process is None or self._process.poll() is not None
+
+    @property
+    def pid(self) -> int:
+        """The process that keeps the others alive."""
+        assert self._process
+        return self._process.pid
+
+    def reap(self) -> None:
+        """Note its end, after it was killed from outside."""
+        assert self._process
+        assert self._file
+        self._process.wait(10)
+        self._file.close()
+        self._process = None
 
     # What it says of itself
 
@@ -321,13 +352,7 @@ class System:
     def metrics(self) -> dict[str, float]:
         """One scrape over a new connection: each sample by its name and labels."""
         with self.client() as client:
-            answer = client.get("/metrics")
-        assert answer.status == 200
-        return {
-            sample.name + "".join(f"{{{key}={value}}}" for key, value in sorted(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(answer.body.decode())
-            for sample in family.samples
-        }
+            return client.metrics()
 
     # Hurting it
 

@@ -117,7 +117,7 @@ def update(clerk: StandIn, *user_ids: str) -> None:
 def test_of_a_population_with_lost_and_reordered_webhooks_the_exact_drift_is_named_and_repaired_whole(
     connection: Connection, clerk: StandIn, api: ClerkApi
 ) -> None:
-    chance = random.Random(7)  # noqa: S311 - a population, not a secret
+    chance = random.Random(7)
     ids = clerk.fill(2_000, private=b'{"v":1}')
     lost_creations = set(chance.sample(ids, 40))
     changes = [webhook(clerk, user_id) for user_id in ids if user_id not in lost_creations]

@@ -157,7 +157,7 @@ def test_rows_that_another_worker_holds_are_passed_over(connect: Connect) -> Non
 
 
 def test_concurrent_drains_end_in_the_newest_rows_and_every_deletion_holds(connect: Connect) -> None:
-    shuffler = random.Random(7)  # noqa: S311
+    shuffler = random.Random(7)
     bodies = [
         changed(f"user_{user:02}", version, private={"v": version}) for user in range(40) for version in range(1, 16)
     ]
