@@ -1,0 +1,1 @@
+"""Tools that make faults: a network that misbehaves, a clock that is off."""
