@@ -1,4 +1,4 @@
-"""Alembic's entry: one transaction for all pending steps, under a lock that several hosts share.
+"""Alembic's entry: one transaction for all pending steps and the grants, under a lock that several hosts share.
 
 The lock is released with the transaction, so nothing is left behind by a run that was killed.
 """
@@ -20,6 +20,7 @@ def _run() -> None:
         with context.begin_transaction():
             context.get_context().impl.static_output("create schema if not exists clerk;")
             context.run_migrations()
+            context.get_context().impl.static_output(context.config.attributes["grants"])
         return
     connection = context.config.attributes["connection"]
     context.configure(connection=connection, **options)
@@ -33,6 +34,8 @@ def _run() -> None:
         # Read under the lock: whoever waited for another host finds its work done.
         context.config.attributes["before"] = context.get_context().get_current_revision()
         context.run_migrations()
+        # With each run: a role may have been made since the last one, and a newer code may need more.
+        connection.exec_driver_sql(context.config.attributes["grants"], execution_options={"no_parameters": True})
 
 
 _run()

@@ -13,7 +13,7 @@ import psycopg
 
 Connection = psycopg.Connection[Any]
 
-SCHEMA_VERSION: Final = "0004"
+SCHEMA_VERSION: Final = "0005"
 """The last step in `migrations/versions` that this code was written for."""
 
 # What a row's own content can cause. Everything else (a lost connection, a lock, a missing table or privilege) is
@@ -68,14 +68,6 @@ def schema_version(connection: Connection) -> str | None:
         return None
     row = connection.execute(SCHEMA_CURRENT).fetchone()
     return None if row is None else str(row[0])
-
-
-READER = "select exists (select from pg_roles where rolname = 'clerk_reader')"
-
-
-def has_reader(connection: Connection) -> bool:
-    """Whether the role that applications read with is there."""
-    return connection.execute(READER).fetchone() == (True,)
 
 
 def schema_problem(version: str | None) -> str | None:

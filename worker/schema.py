@@ -18,6 +18,7 @@ import sqlalchemy
 from sqlalchemy.exc import OperationalError
 
 import migrations
+from worker import roles
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ LOCK_ATTEMPTS = 5
 
 
 def migrate(database_url: str) -> tuple[str | None, str]:
-    """Run every pending step in one transaction; returns the version before and after.
+    """Run every pending step and grant what the roles need, in one transaction; returns the version before and after.
 
     Safe from several hosts at once: they wait for one another. Tries again where a step's lock isn't to be had within
     4 s because of a long query. Raises sqlalchemy's OperationalError when Postgres can't be reached.
@@ -68,4 +69,5 @@ def _config() -> alembic.config.Config:
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     config.set_main_option("path_separator", "os")
+    config.attributes["grants"] = roles.grants(forgiving=True)
     return config

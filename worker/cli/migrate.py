@@ -8,28 +8,33 @@ from pathlib import Path
 import click
 from sqlalchemy.exc import DBAPIError
 
-from worker import db, schema
+from worker import db, roles, schema
 from worker.cli.options import info_option, settings
 from worker.errors import SyncError
 
-NO_READER = """
-The role clerk_reader isn't there, and this role may not make it. Applications need it (or another one) to read; an
-administrator makes it with:
+INCOMPLETE = """
+Not there, or without all that they need, and this role may not mend it: {roles}. Processes that log in with the role
+that migrates need none of them, but applications should have clerk_reader. For an administrator to run:
 
-  create role clerk_reader nologin;
-  grant usage on schema clerk to clerk_reader;
-  grant select on clerk.user_metadata to clerk_reader;"""
+  clerk-sync migrate --roles    # prints the SQL"""
 
 
 @click.command()
 @click.option("--sql", is_flag=True, help="Print the SQL of every step and run nothing.")
+@click.option("--roles", "only_roles", is_flag=True, help="Print the SQL of the roles alone and run nothing.")
 @info_option
-def migrate(info: Path | None, sql: bool) -> None:
+def migrate(*, info: Path | None, sql: bool, only_roles: bool) -> None:
     """Bring the database to the newest schema.
 
     Safe to run from several hosts at once: they wait for one another, and all steps are one transaction. Needs
-    DATABASE_URL, with a role that may create a schema. The role clerk_reader is made where that role may make it.
+    DATABASE_URL, with a role that may create a schema.
+
+    Each run makes the roles clerk_receiver, clerk_worker and clerk_reader, where the role that migrates may make roles,
+    and grants each what it needs. Where it may not, an administrator runs, after this, what --roles prints.
     """
+    if only_roles:
+        click.echo(roles.grants().strip())
+        return
     if sql:
         schema.print_sql(sys.stdout)
         return
@@ -44,5 +49,5 @@ def migrate(info: Path | None, sql: bool) -> None:
     else:
         click.echo(f"The schema went from {before or 'nothing'} to {after}.")
     with db.connect(url, "migrate") as connection:
-        if not db.has_reader(connection):
-            click.echo(NO_READER)
+        if lacking := roles.incomplete(connection):
+            click.echo(INCOMPLETE.format(roles=", ".join(lacking)))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 import psycopg
 
-from worker import db
+from worker import db, roles
 from worker.errors import ConfigError, SyncError
 from worker.settings import Need, Settings
 
@@ -67,15 +67,19 @@ def settings(info: Path | None, *need: Need, claims: bool = True) -> Settings:
 
 
 def connect(database_url: str) -> db.Connection:
-    """Open the database for a command. Raises SyncError with the reason."""
+    """Open the database for a command, which does what workers may do. Raises SyncError with the reason.
+
+    A standby will do for a command that only reads.
+    """
     try:
         connection = db.connect(database_url, "cli")
-        problem = db.schema_problem(db.schema_version(connection))
+        found = roles.look(connection, roles.WORKER)
     except psycopg.Error as error:
         raise SyncError(f"Postgres doesn't answer: {db.describe(error)}") from None
-    if problem:
+    problems = [problem for name in (roles.SCHEMA, roles.PRIVILEGES) if (problem := found[name])]
+    if problems:
         connection.close()
-        raise SyncError(problem)
+        raise SyncError("; ".join(problems))
     return connection
 
 
