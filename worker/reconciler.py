@@ -14,7 +14,7 @@ from typing import Final
 
 import psycopg
 
-from worker import db, runs
+from worker import db, roles, runs
 from worker.api_budget import key_id
 from worker.clerk import reach
 from worker.db import Connection
@@ -113,9 +113,9 @@ class Reconciler:
     def _due(self, *, rung: bool) -> int | None:
         """The id of the run that began last, where another one is due."""
         with self._connect() as connection:
-            problem = db.schema_problem(db.schema_version(connection))
-            if problem:
-                raise SyncError(problem)
+            problems = roles.problems(connection, roles.WORKER)
+            if problems:
+                raise SyncError("; ".join(problems))
             intervals = RING_INTERVALS if rung else OVERDUE_INTERVALS
             if runs.overdue(connection, intervals * self._settings.reconcile_seconds):
                 return _newest(connection)

@@ -18,8 +18,8 @@ from typing import Final
 
 import psycopg
 
-from worker import inbox, metrics
-from worker.db import Connection, deadline, describe, schema_problem, schema_version
+from worker import inbox, metrics, roles
+from worker.db import Connection, deadline, describe
 from worker.errors import SyncError
 from worker.policy import Policy
 from worker.sync import BATCH_SECONDS, Batch, drain
@@ -30,11 +30,16 @@ SWEEP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.5, 4.0)
 """The first and the longest wait after a failure; each wait is halved or kept at random, so that workers spread."""
 
-COMPLAIN_SECONDS: Final = 10.0
+COMPLAIN_SECONDS: Final = 30.0
+"""How often the log tells of the same reason for not draining: it is looked for every few seconds."""
 
 WATCH_SECONDS: Final = 5.0
 DEAF_SECONDS: Final = 20.0
 """How long a wake-up may wait in the broker while this worker is idle, before it counts as deaf and is replaced."""
+
+
+class NotReady(SyncError):
+    """The database isn't one that this code may and can work on; somebody has to mend that."""
 
 
 class Drainer:
@@ -46,6 +51,7 @@ class Drainer:
         self._connection: Connection | None = None
         self._parents: Connection | None = None
         self._complained = -COMPLAIN_SECONDS
+        self._complaint = ""
         self.reset()
 
     def reset(self) -> None:
@@ -56,10 +62,11 @@ class Drainer:
         self._wanted = threading.Event()
 
     def ring(self, cause: str) -> bool:
-        """Drain until nothing is pending; False where Postgres can't be had just now, so that one tries later.
+        """Drain until nothing is pending; False where Postgres can't be had just now, or isn't ready for us, such as a
+        schema that this code doesn't know: so that one tries later.
 
-        Where a drain is running already, that one looks once more before it ends. Raises SyncError where waiting
-        won't help, such as a schema that this code doesn't know.
+        Where a drain is running already, that one looks once more before it ends. Raises SyncError for what nobody
+        thought of.
         """
         self._wanted.set()
         while self._wanted.is_set() and self._running.acquire(blocking=False):
@@ -75,18 +82,26 @@ class Drainer:
     def _drain(self, cause: str) -> bool:
         try:
             drain(self._connected(), self._policy, observe=lambda batch: self._observe(batch, cause))
+        except NotReady as error:
+            self._complain(logging.ERROR, "the database isn't ready; what is pending stays so", reason=str(error))
+            return False
         except psycopg.OperationalError as error:
             self._disconnect()
-            # Every wake-up tries it; one line is enough for a while.
-            if time.monotonic() - self._complained >= COMPLAIN_SECONDS:
-                self._complained = time.monotonic()
-                log.warning("Postgres is not to be had; what is pending stays so", extra={"error": describe(error)})
+            self._complain(
+                logging.WARNING, "Postgres is not to be had; what is pending stays so", error=describe(error)
+            )
             return False
         except psycopg.Error as error:
             self._disconnect()
             # Without the original: its text can quote data.
             raise SyncError(f"draining failed: {describe(error)}") from None
         return True
+
+    def _complain(self, level: int, event: str, **fields: str) -> None:
+        """Log why nothing is drained, the same not each time: every wake-up tries it again."""
+        if event != self._complaint or time.monotonic() - self._complained >= COMPLAIN_SECONDS:
+            self._complained, self._complaint = time.monotonic(), event
+            log.log(level, event, extra=fields)
 
     def _observe(self, batch: Batch, cause: str) -> None:
         metrics.observe_batch(batch)
@@ -124,10 +139,14 @@ class Drainer:
     def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
             connection = self._connect()
-            problem = schema_problem(schema_version(connection))
-            if problem:
+            try:
+                problems = roles.problems(connection, roles.WORKER)
+            except psycopg.Error:
                 connection.close()
-                raise SyncError(problem)
+                raise
+            if problems:
+                connection.close()
+                raise NotReady("; ".join(problems))
             self._connection = connection
         return self._connection
 

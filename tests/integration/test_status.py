@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
+from tests.clerk import SECRET
 from tests.pulling import command, environment
 from webhooks.health import Health
-from worker import metrics, runs
+from worker import metrics, roles, runs
 from worker.db import Connection
 from worker.standin import StandIn
 
@@ -107,6 +109,39 @@ def test_the_last_run_of_each_kind_is_shown(connection: Connection, clerk: Stand
     assert table[2].startswith("full since all users fit in one page done ")
     assert table[2].endswith(" s ago 4 2 1 missing")
     assert table[3].endswith(" s ago 3 2 3 applied")
+
+
+def failing(env: dict[str, Any]) -> dict[str, str]:
+    """The checks of `status --json` that fail, with what to do."""
+    ran = command("status", "--json", env=env)
+    found = {check["name"]: check["problem"] for check in json.loads(ran.stdout)["checks"] if not check["ok"]}
+    assert ran.exit_code == (1 if found else 0)
+    return found
+
+
+def test_what_keeps_workers_from_their_work_fails_a_check_that_says_what_to_do(
+    connection: Connection, env: dict[str, Any]
+) -> None:
+    connection.execute("create role login_of_status login password 'status' in role clerk_worker")
+    parts = conninfo_to_dict(env["DATABASE_URL"])
+    login = f"postgresql://login_of_status:status@{parts['host']}:{parts['port']}/{parts['dbname']}"
+    env |= {"DATABASE_URL": login, "RECONCILE_SECONDS": "0", "CLERK_WEBHOOK_SIGNING_SECRET": SECRET}
+    try:
+        assert failing(env).keys() == {"configuration"}  # there is no REDIS_URL
+        connection.execute("revoke delete on clerk.runs from clerk_worker")
+        connection.execute("alter role login_of_status set default_transaction_read_only = on")
+        found = failing(env)
+        assert found.pop("configuration")
+        assert found == {
+            "privileges": "this database role lacks delete on clerk.runs: grant it clerk_worker, which clerk-sync "
+            "migrate makes (clerk-sync migrate --roles prints the SQL for an administrator)",
+            "writing": roles.READ_ONLY,
+        }
+        connection.execute("revoke usage on schema clerk from clerk_worker")
+        assert failing(env)["schema"] == roles.HIDDEN
+    finally:
+        connection.execute(roles.grants().encode())
+        connection.execute("drop role login_of_status")
 
 
 def run_lines(connect: Connect) -> list[str]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from worker import db, inbox, runs
+from worker import db, inbox, roles, runs
 from worker.app import create_celery, waiting
 from worker.cli.history import age, errors, listed, table
 from worker.cli.options import info_option, json_option, settings, to_json
@@ -47,10 +47,12 @@ class Known:
 def status(*, info: Path | None, as_json: bool) -> None:
     """Show whether everything works and the data is fresh.
 
-    Checks the configuration, Postgres with its schema, the broker, and that users were compared with Clerk's of late;
-    counts the inbox and the users, and shows the last runs that pulled from Clerk. Exits 1 where a check fails. Events
-    that were set aside are shown but fail nothing: see clerk-sync events list. Missing are users with metadata that is
-    to be copied and comes only with their next event, or by clerk-sync refresh --missing.
+    Checks the configuration, Postgres with its schema, the privileges of the role that asks and whether it may write,
+    the broker, and that users were compared with Clerk's of late; counts the inbox and the users, and shows the last
+    runs that pulled from Clerk. Run it as the workers run, with their DATABASE_URL: theirs are the privileges that it
+    looks for (the receiver looks for its own, at /readyz). Exits 1 where a check fails. Events that were set aside are
+    shown but fail nothing: see clerk-sync events list. Missing are users with metadata that is to be copied and comes
+    only with their next event, or by clerk-sync refresh --missing.
     """
     found = settings(info, "database_url", claims=False)
     checks, known = _look(found, info)
@@ -73,9 +75,9 @@ def _look(found: Settings, info: Path | None) -> tuple[list[Check], Known | None
     known: Known | None = None
     try:
         with db.connect(found.database_url, "cli", statement_ms=10_000) as connection:
-            problem = db.schema_problem(db.schema_version(connection))
-            checks += [Check("Postgres", None), Check("schema", problem)]
-            if problem is None:
+            looked = roles.look(connection, roles.WORKER)
+            checks += [Check("Postgres", None), *(Check(name, problem) for name, problem in looked.items())]
+            if looked[roles.SCHEMA] is None and looked[roles.PRIVILEGES] is None:
                 known = Known(inbox.counts(connection), runs.overview(connection))
     except psycopg.Error as error:
         checks.append(Check("Postgres", f"doesn't answer: {db.describe(error)}"))
