@@ -29,9 +29,9 @@ def test_status_says_that_all_is_well_and_counts(system: System, client: Client)
     found = json.loads(status.stdout)
     assert found["ok"] is True
     assert {check["name"]: check["problem"] for check in found["checks"]} == dict.fromkeys(
-        ("configuration", "Postgres", "schema", "broker", "reconcile")
+        ("configuration", "Postgres", "schema", "privileges", "writing", "broker", "reconcile")
     )
-    assert [check["off"] for check in found["checks"]] == [*[None] * 4, "CLERK_SECRET_KEY isn't set"]
+    assert [check["off"] for check in found["checks"]] == [*[None] * 6, "CLERK_SECRET_KEY isn't set"]
     assert found["counts"].keys() == COUNTS
     assert found["counts"]["pending"] == 0
     assert found["counts"]["users"] > 0
