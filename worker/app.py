@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Final
 
-import psycopg
 from celery import Celery, signals
 from kombu import Connection as BrokerConnection
 from kombu import Exchange, Queue
 from kombu.exceptions import ChannelError
 
-from worker import db, inbox, log, metrics, tasks
-from worker.errors import BrokerDown, SyncError
+from worker import db, log, metrics, tasks
+from worker.errors import BrokerDown
 from worker.reconciler import Reconciler
 from worker.settings import Settings
 from worker.sweeper import Drainer, Sweeper, Watch
@@ -23,9 +22,6 @@ from worker.sweeper import Drainer, Sweeper, Watch
 logger = logging.getLogger(__name__)
 
 QUEUE: Final = "clerk"
-
-KEEP_APPLIED: Final = timedelta(days=7)
-"""Applied events are kept (without their bodies) this long: several times the 27 h 35 min in which Svix retries."""
 
 STOP_SECONDS: Final = 3.0
 """How long a worker that stops waits for a reconcile to be recorded as cut short; what supervises it is not patient."""
@@ -66,7 +62,6 @@ def create_celery(redis_url: str, *, reconcile_seconds: int = 0) -> Celery:
             # Finds what a lost wake-up left behind while every worker is between two sweeps. Old ones expire: after
             # an outage one is enough.
             "drain": {"task": tasks.DRAIN, "schedule": 10.0, "options": {"expires": 10}},
-            "prune": {"task": tasks.PRUNE, "schedule": 600.0, "options": {"expires": 600}},
         },
     )
     if reconcile_seconds:
@@ -82,14 +77,17 @@ def create_worker(settings: Settings) -> Celery:
     """The app for `celery worker` and `celery beat`, with its tasks and, once a worker starts, its threads."""
     off = why_off(settings)
     app = create_celery(settings.redis_url, reconcile_seconds=0 if off else settings.reconcile_seconds)
-    drainer = Drainer(lambda: db.connect(settings.database_url, "worker"), settings.policy)
+    drainer = Drainer(
+        lambda: db.connect(settings.database_url, "worker"),
+        settings.policy,
+        timedelta(days=settings.event_retention_days),
+    )
     sweeper = Sweeper(drainer)
     watch = Watch(lambda: waiting(app), drainer.busy)
     reconciler = None if off else Reconciler(settings)
     tasks.register(
         app,
         drain=lambda: drainer.ring("doorbell"),
-        prune=lambda: _prune(settings.database_url),
         # Another host's beat may ring where this worker has no key.
         reconcile=reconciler.ring if reconciler else lambda: None,
     )
@@ -199,14 +197,3 @@ def queue_length(connection: BrokerConnection) -> int:
         except ChannelError:
             # No such queue yet; on Redis, an empty one.
             return 0
-
-
-def _prune(database_url: str) -> None:
-    """Delete applied events that are past their time, in small steps."""
-    try:
-        with db.connect(database_url, "prune") as connection:
-            inbox.prune(connection, KEEP_APPLIED)
-    except psycopg.OperationalError as error:
-        logger.warning("pruning is put off", extra={"error": db.describe(error)})
-    except psycopg.Error as error:
-        raise SyncError(f"pruning failed: {db.describe(error)}") from None

@@ -39,6 +39,7 @@ class Settings:
     api_url: str = "https://api.clerk.com"
     api_share: float = 0.5
     reconcile_seconds: int = 300
+    event_retention_days: int = 7
     instance_id: str | None = None
     policy: Policy = field(default_factory=Policy)
     port: int = 8000
@@ -70,6 +71,8 @@ class Settings:
             api_url=reader.read("CLERK_API_URL", _api_url, "https://api.clerk.com"),
             api_share=reader.read("CLERK_API_SHARE", _share, 0.5),
             reconcile_seconds=reader.read("RECONCILE_SECONDS", _integer(0, 86_400), 300),
+            # Svix retries for 27 h 35 min: whoever asks about a delivery in that time still finds it.
+            event_retention_days=reader.read("EVENT_RETENTION_DAYS", _integer(2, 3650), 7),
             instance_id=reader.read("CLERK_INSTANCE_ID", str, None),
             policy=Policy(
                 private=reader.read("COPY_PRIVATE", _one_of(Copy), Copy.ALWAYS),

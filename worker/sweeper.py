@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Final
 
 import psycopg
@@ -33,6 +34,11 @@ BACKOFF_SECONDS: Final = (0.5, 4.0)
 COMPLAIN_SECONDS: Final = 30.0
 """How often the log tells of the same reason for not draining: it is looked for every few seconds."""
 
+PRUNE_SECONDS: Final = 600.0
+"""How often a worker looks for applied events that are past their time; until none are left, with each housekeeping."""
+
+PRUNE_LIMIT_SECONDS: Final = 5.0
+
 WATCH_SECONDS: Final = 5.0
 DEAF_SECONDS: Final = 20.0
 """How long a wake-up may wait in the broker while this worker is idle, before it counts as deaf and is replaced."""
@@ -43,11 +49,16 @@ class NotReady(SyncError):
 
 
 class Drainer:
-    """Drains the inbox over one connection; at most one drain runs in a process at any time."""
+    """Drains the inbox over one connection; at most one drain runs in a process at any time.
 
-    def __init__(self, connect: Callable[[], Connection], policy: Policy) -> None:
+    Applied events are kept for `keep`.
+    """
+
+    def __init__(self, connect: Callable[[], Connection], policy: Policy, keep: timedelta) -> None:
         self._connect = connect
         self._policy = policy
+        self._keep = keep
+        self._prune_due = 0.0
         self._connection: Connection | None = None
         self._parents: Connection | None = None
         self._complained = -COMPLAIN_SECONDS
@@ -125,11 +136,19 @@ class Drainer:
         return self._running.locked()
 
     def keep_house(self) -> None:
-        """Erase what dead events of deleted users still carry. Raises psycopg.Error."""
+        """Erase what dead events of deleted users still carry, and delete a step of the applied events that are past
+        their time. Raises psycopg.Error."""
         with self._running:
             connection = self._connected()
             with deadline(connection, BATCH_SECONDS):
                 inbox.forget_deleted(connection)
+        now = time.monotonic()
+        if now >= self._prune_due:
+            self._prune_due = now + PRUNE_SECONDS
+            # Over a connection of its own, so that a drain needn't wait.
+            with self._connect() as connection, deadline(connection, PRUNE_LIMIT_SECONDS):
+                if inbox.prune(connection, self._keep) == inbox.PRUNE_STEP:
+                    self._prune_due = now
 
     def close(self) -> None:
         """Close the connection, once the drain in progress has ended."""

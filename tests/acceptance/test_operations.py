@@ -123,6 +123,23 @@ def test_all_dead_events_can_be_retried_and_the_unusable_are_set_aside_again(sys
     assert system.command("events", "retry", "--dead", dead).returncode == 2
 
 
+def test_dead_events_can_be_dismissed_which_erases_their_bodies(system: System, client: Client) -> None:
+    dead = [client.deliver(b'{"type": "user.updated", "data": {}}').svix_id for _ in range(3)]
+    dismissed = system.program("events", "dismiss", dead[0], "--json")
+    assert (dismissed.returncode, dismissed.stderr) == (0, "")
+    assert json.loads(dismissed.stdout) == {"dismissed": [dead[0]], "not_dead": []}
+    assert system.event(dead[0]) == ("done", 0, "dismissed: data.id is missing", False)
+    again = system.command("events", "dismiss", dead[0], dead[1])
+    assert (again.returncode, again.stdout) == (1, "Dismissed: 1.\n")
+    assert again.stderr == f"{dead[0]} is not an event that was set aside.\n"
+    every = system.command("events", "dismiss", "--dead", "--json")
+    assert every.returncode == 0
+    assert dead[2] in json.loads(every.stdout)["dismissed"]
+    assert listed(system, "--state", "dead") == []
+    assert system.command("events", "dismiss").returncode == 2
+    assert system.command("events", "dismiss", "--dead", dead[0]).returncode == 2
+
+
 def test_send_signs_and_posts_a_body(system: System, tmp_path: Path) -> None:
     user_id = new_user()
     body = tmp_path / "event.json"

@@ -237,3 +237,14 @@ def test_a_password_that_is_not_encoded_is_refused_without_a_part_of_it(password
     (found,) = problems(COMPLETE | {"DATABASE_URL": f"postgresql://user:{password}@host/database"})
     assert found.startswith("DATABASE_URL: has a character that must be encoded: ")
     assert "cr3t" not in found
+
+
+@pytest.mark.parametrize(("text", "days"), [("", 7), ("2", 2), ("3650", 3650)])
+def test_applied_events_are_kept_for_a_week_or_as_long_as_it_says(text: str, days: int) -> None:
+    assert Settings.from_env({"EVENT_RETENTION_DAYS": text}).event_retention_days == days
+
+
+@pytest.mark.parametrize("text", ["1", "0", "-3", "3651", "7.5", "week"])
+def test_applied_events_are_kept_for_longer_than_svix_retries(text: str) -> None:
+    with pytest.raises(ConfigError, match="EVENT_RETENTION_DAYS: must be a whole number from 2 to 3650"):
+        Settings.from_env({"EVENT_RETENTION_DAYS": text})

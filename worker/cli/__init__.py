@@ -25,7 +25,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "backfill": ("worker.cli.backfill", "Pull every user from Clerk's API."),
     "reconcile": ("worker.cli.reconcile", "Compare users with Clerk's, and repair what differs."),
     "refresh": ("worker.cli.refresh", "Bring users up to date from Clerk's API, now."),
-    "events": ("worker.cli.events", "Look at the inbox; retry what was set aside."),
+    "events": ("worker.cli.events", "Look at the inbox; retry or dismiss what was set aside."),
 }
 
 

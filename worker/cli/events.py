@@ -1,4 +1,4 @@
-"""`clerk-sync events list|show|retry`."""
+"""`clerk-sync events list|show|retry|dismiss`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 import click
 from rich.table import Table
@@ -21,7 +22,7 @@ _COLOURS = {"pending": "yellow", "done": "green", "dead": "red"}
 
 @click.group()
 def events() -> None:
-    """Look at the inbox; retry what was set aside. Bodies are never shown."""
+    """Look at the inbox; retry or dismiss what was set aside. Bodies are never shown."""
 
 
 @events.command("list")
@@ -77,6 +78,7 @@ def show_event(*, svix_id: str, info: Path | None, as_json: bool) -> None:
         click.echo(f"{name:<14} {shown}")
     if event.state == "dead":
         click.echo(f"\nOnce its cause is mended: clerk-sync events retry {event.svix_id}")
+        click.echo(f"Where it never can be: clerk-sync events dismiss {event.svix_id}")
 
 
 @events.command("retry")
@@ -93,11 +95,33 @@ def retry_events(*, svix_ids: tuple[str, ...], dead: bool, info: Path | None, as
         raise ConfigError("say which: clerk-sync events retry ID..., or --dead for all that were set aside")
     with connect(settings(info, "database_url", claims=False).database_url) as connection:
         retried = inbox.retry(connection, None if dead else svix_ids)
-    missing = sorted(set(svix_ids) - set(retried))
+    _tell("retried", "Pending again", retried, svix_ids, as_json=as_json)
+
+
+@events.command("dismiss")
+@click.argument("svix_ids", metavar="[ID]...", nargs=-1)
+@click.option("--dead", is_flag=True, help="Dismiss every event that was set aside.")
+@info_option
+@json_option
+def dismiss_events(*, svix_ids: tuple[str, ...], dead: bool, info: Path | None, as_json: bool) -> None:
+    """Give up events that were set aside and can never be applied: their bodies are erased for good.
+
+    Their reasons stay until they are pruned. Exits 1 where an ID is not that of an event that was set aside.
+    """
+    if bool(svix_ids) == dead:
+        raise ConfigError("say which: clerk-sync events dismiss ID..., or --dead for all that were set aside")
+    with connect(settings(info, "database_url", claims=False).database_url) as connection:
+        dismissed = inbox.dismiss(connection, None if dead else svix_ids)
+    _tell("dismissed", "Dismissed", dismissed, svix_ids, as_json=as_json)
+
+
+def _tell(key: str, done: str, changed: list[str], asked: tuple[str, ...], *, as_json: bool) -> NoReturn:
+    """Say which events were changed, and end: 1 where one that was asked for isn't set aside."""
+    missing = sorted(set(asked) - set(changed))
     if as_json:
-        click.echo(to_json({"retried": retried, "not_dead": missing}))
+        click.echo(to_json({key: changed, "not_dead": missing}))
     else:
-        click.echo(f"Pending again: {len(retried)}.")
+        click.echo(f"{done}: {len(changed)}.")
         for svix_id in missing:
             click.echo(f"{svix_id} is not an event that was set aside.", err=True)
     sys.exit(1 if missing else 0)
