@@ -221,7 +221,9 @@ def postgres(data_dir: Path, *, throw_away: bool = False) -> Server:
         "listen_addresses": HOST,
         "port": str(port),
         "unix_socket_directories": "",
-        # What goes wrong with a row must not put that row into the log: no DETAIL, no CONTEXT, no STATEMENT.
+        # What goes wrong with a row must not put that row into the log: no DETAIL, no CONTEXT, no STATEMENT, and no
+        # ERROR at all, as its message can quote a value too. Whoever sent the statement is told.
+        "log_min_messages": "log",
         "log_error_verbosity": "terse",
         "log_min_error_statement": "panic",
         "log_checkpoints": "off",
