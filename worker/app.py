@@ -77,6 +77,7 @@ def create_worker(settings: Settings) -> Celery:
     """The app for `celery worker` and `celery beat`, with its tasks and, once a worker starts, its threads."""
     off = why_off(settings)
     app = create_celery(settings.redis_url, reconcile_seconds=0 if off else settings.reconcile_seconds)
+    app.conf.worker_consumer = "worker.listener:Listener"
     drainer = Drainer(
         lambda: db.connect(settings.database_url, "worker"),
         settings.policy,
@@ -128,6 +129,7 @@ def create_worker(settings: Settings) -> Celery:
     # worker_init comes before Celery reaches for the broker, which may be away.
     signals.worker_init.connect(start, weak=False)
     signals.task_received.connect(heard, weak=False)
+    signals.task_rejected.connect(heard, weak=False)
     signals.worker_shutting_down.connect(stop, weak=False)
     # Once no task runs any more; and in a forked process, which Celery tells nothing else.
     signals.worker_shutdown.connect(end, weak=False)
