@@ -20,11 +20,11 @@ from kombu import Connection as BrokerConnection
 from kombu.transport import get_transport_cls, redis, virtual
 
 from worker.errors import BrokerDown
-from worker.tasks import DRAIN, PRUNE, RECONCILE
+from worker.tasks import DRAIN, RECONCILE, RETIRED
 
 log = logging.getLogger(__name__)
 
-OURS: Final = frozenset({DRAIN, PRUNE, RECONCILE})
+OURS: Final = frozenset({DRAIN, RECONCILE, RETIRED})
 NO_ARGUMENTS: Final = "[[], {}, {}]"
 
 PAUSE_SECONDS: Final = 1.0

@@ -110,8 +110,9 @@ class Drainer:
 
     def _complain(self, level: int, event: str, **fields: str) -> None:
         """Log why nothing is drained, the same not each time: every wake-up tries it again."""
-        if event != self._complaint or time.monotonic() - self._complained >= COMPLAIN_SECONDS:
-            self._complained, self._complaint = time.monotonic(), event
+        complaint = event + fields.get("reason", "")
+        if complaint != self._complaint or time.monotonic() - self._complained >= COMPLAIN_SECONDS:
+            self._complained, self._complaint = time.monotonic(), complaint
             log.log(level, event, extra=fields)
 
     def _observe(self, batch: Batch, cause: str) -> None:

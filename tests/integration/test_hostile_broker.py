@@ -24,7 +24,7 @@ from tests.waiting import until
 from worker import inbox, local, supervise
 from worker.app import QUEUE
 from worker.db import Connection
-from worker.tasks import DRAIN, PRUNE
+from worker.tasks import DRAIN, RETIRED
 
 CANARY: Final = "c4nary"
 VISIBLE_WITHIN: Final = 10.0
@@ -165,7 +165,7 @@ class Touch:
 
 
 EVIL: Final = Path(f"/tmp/clerk-sync-evil-{os.getpid()}")  # noqa: S108 - it must never be there
-LINK: Final = signature(PRUNE, CANARY)
+LINK: Final = signature(RETIRED, CANARY)
 PICKLE: Final = pickle.dumps([[Touch(EVIL)], {}, {}])
 YAML: Final = f"!!python/object/apply:os.system ['touch {EVIL}']".encode()
 FAR: Final = "2099-01-01T00:00:00+00:00"

@@ -112,7 +112,7 @@ def test_the_workers_role_drains_gates_deletes_sets_aside_retries_and_prunes(
     *events, last = [incoming(body, f"msg_{number}") for number, body in enumerate(bodies)]
     # Found to be unusable by the worker, after all.
     inbox.record(connection, [*events, dataclasses.replace(last, body=b"not JSON")])
-    drainer = Drainer(lambda: db.connect(worker_url, "worker"), Policy())
+    drainer = Drainer(lambda: db.connect(worker_url, "worker"), Policy(), timedelta(days=7))
     assert drainer.ring("sweep")
     drainer.keep_house()
     drainer.close()
@@ -508,7 +508,7 @@ def test_a_worker_without_a_privilege_drains_nothing_and_says_so_once(
 ) -> None:
     inbox.record(connection, [incoming(changed())])
     taken("revoke update on clerk.webhook_events from clerk_worker")
-    drainer = Drainer(lambda: db.connect(worker_url, "worker"), Policy())
+    drainer = Drainer(lambda: db.connect(worker_url, "worker"), Policy(), timedelta(days=7))
     for _ in range(3):
         assert not drainer.ring("sweep")
     assert reasons(caplog) == [LACKS_UPDATE.format(role="clerk_worker")]
