@@ -22,6 +22,10 @@ NUMBER_WRITTEN_OUT: Final = 1000
 """How many digits an exponent may add: `jsonb` writes numbers out, so seven bytes of `1e99999` are 100 KB to whoever
 reads the row, and 8 KB of them fill its memory."""
 
+NUMBERS_WRITTEN_OUT: Final = 100_000
+"""How many digits all exponents of a text may add: a mebibyte of `1e999` would be 175 MB, and hold up Postgres for so
+long that nobody else's events are applied either."""
+
 NUMBER_EXPONENT: Final = 1_073_741_823
 """An exponent from here on is refused even for zero (`INT_MAX / 2`; some releases still take this one)."""
 
@@ -32,9 +36,9 @@ _REPLACEMENT_STRING: Final = b'"' + _REPLACEMENT + b'"'
 def holdable(body: bytes) -> tuple[bytes, int]:
     r"""Replace what Postgres `jsonb` can't hold by U+FFFD; give the text and the number of replacements.
 
-    In strings and keys that is `\u0000` and lone surrogates. A number out of `numeric`'s range or written
-    out to far more than was sent, and a container deeper than DEPTH with all that it holds, becomes a string of
-    U+FFFD alone. All else stays byte for byte.
+    In strings and keys that is `\u0000` and lone surrogates. A number out of `numeric`'s range, or written out to far
+    more than was sent (by itself, or with those before it), and a container deeper than DEPTH with all that it holds,
+    becomes a string of U+FFFD alone. All else stays byte for byte.
 
     Never raises. What is not JSON stays not JSON: numbers and containers are replaced only in a text that is
     valid throughout, and outside strings an escape is as illegal as the U+FFFD that replaces it. Keys that
@@ -87,6 +91,7 @@ def _without_odd_escapes(body: bytes) -> tuple[bytes, int]:
 
 _SHAPE: Final = bytes.maketrans(b"123456789E+{", b"000000000e-[")
 _LONG_EXPONENTS: Final = (b"0e0000", b"0e-0000")
+_EXPONENTS: Final = (b"0e000", b"0e-000")
 _LONG_RUN: Final = b"0" * (NUMBER_FRACTION_DIGITS - 999 + 1)
 """With an exponent of up to three digits, it takes a run of digits this long to leave `numeric`'s range."""
 
@@ -97,6 +102,7 @@ def _may_have_odd_values(body: bytes) -> bool:
     return (
         shape.count(b"[") > DEPTH
         or any(exponent in shape for exponent in _LONG_EXPONENTS)
+        or sum(map(shape.count, _EXPONENTS)) * NUMBER_WRITTEN_OUT > NUMBERS_WRITTEN_OUT
         or (len(shape) >= len(_LONG_RUN) and _LONG_RUN in shape)
     )
 
@@ -173,6 +179,7 @@ def _without_odd_values(body: bytes) -> tuple[bytes, int]:
     replaced = 0
     text = bytearray()
     copied = 0  # how much of the body is in the text, or replaced in it
+    written_out = 0  # digits that exponents have added
     deep = -1  # where the too deep container that we are in begins
     place = _ROOT
     returns = bytearray()  # the place to go on from once a container closes, for each that is open
@@ -194,8 +201,10 @@ def _without_odd_values(body: bytes) -> tuple[bytes, int]:
                 odd_from, deep = deep, -1
         else:
             place = then
-            if kind == _NUMBER and deep < 0 and _odd_number(token):
-                odd_from = token.start()
+            added = _written_out(token) if kind == _NUMBER and deep < 0 else 0
+            if written_out + added > NUMBERS_WRITTEN_OUT:
+                odd_from, added = token.start(), 0
+            written_out += added
         if odd_from >= 0:
             text += body[copied:odd_from]
             text += _REPLACEMENT_STRING
@@ -207,13 +216,16 @@ def _without_odd_values(body: bytes) -> tuple[bytes, int]:
     return bytes(text), replaced
 
 
-def _odd_number(token: re.Match[bytes]) -> bool:
-    # The shortest number that needs a look is 1e1000.
-    if token.end() - token.start() < 6:
-        return False
+def _written_out(token: re.Match[bytes]) -> int:
+    """How many digits an exponent adds to a number; more than may be, where that is too many or jsonb can't hold it."""
+    # What is shorter than 1e100 adds next to nothing.
+    if token.end() - token.start() < 5:
+        return 0
     number = token[_NUMBER]
     digits = _digits(number)
-    return digits is None or sum(digits) > len(number) + NUMBER_WRITTEN_OUT or not fits_numeric(number)
+    added = 0 if digits is None else max(sum(digits) - len(number), 0)
+    held = digits is not None and added <= NUMBER_WRITTEN_OUT and fits_numeric(number)
+    return added if held else NUMBERS_WRITTEN_OUT + 1
 
 
 def _is_utf8(body: bytes) -> bool:

@@ -132,6 +132,20 @@ def test_a_number_that_would_be_written_out_to_far_more_than_was_sent_is_replace
     assert holdable(f"[{number}, 1]".encode()) == (f"[{ODD}, 1]".encode(), 1)
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1E-999", "1.5e+950"])
+def test_numbers_that_would_together_be_written_out_to_far_more_than_was_sent_are_replaced(number: str) -> None:
+    text = f"[{number}{f', {number}' * 9_999}]"
+    body, replaced = holdable(text.encode())
+    numbers = json.loads(body, parse_int=Number, parse_float=Number)
+    held = [one for one in numbers if one != MARK]
+    assert held == [number] * len(held)
+    assert 100 <= len(held) <= 110
+    assert replaced == 10_000 - len(held)
+    assert holdable(body) == (body, 0)
+    few = f"[{number}{f', {number}' * 99}]".encode()
+    assert holdable(few) == (few, 0)
+
+
 @pytest.mark.parametrize("number", NOT_HELD, ids=lambda number: number[:20])
 def test_a_number_out_of_the_range_of_numeric_is_replaced(number: str) -> None:
     assert holdable(number.encode()) == (ODD.encode(), 1)
