@@ -160,6 +160,9 @@ def parse_event(body: bytes, *, instance_id: str | None = None) -> tuple[str, Ev
 
     With `instance_id`, events of another Clerk instance are ignored.
     """
+    if not _is_utf8(body):
+        # The receiver takes none; one that stands in the inbox all the same must not end the worker.
+        return Unusable(None, None, "the body is not UTF-8")
     text, replaced = holdable(body)
     event_type: str | None = None
     user_id: str | None = None

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Final
 
+import psycopg
+
 from worker import inbox, users
 from worker.db import ROWS_FAULT, Connection, deadline, describe
 from worker.events import Event, Ignored, Unusable, UserChanged, UserDeleted, parse_event
@@ -98,8 +100,11 @@ def _apply(connection: Connection, policy: Policy, events: Events, result: Batch
             passed = _pass(connection, policy, events)
         _count(result, passed)
         return [svix_id for group in events.values() for svix_id, _ in group]
-    except ROWS_FAULT as error:
-        log.warning("a batch holds an event that can't be applied", extra={"error": describe(error)})
+    except Exception as error:
+        reason = _fault(error)
+        if reason is None:
+            raise
+        log.warning("a batch holds an event that can't be applied", extra={"error": reason})
     applied: list[str] = []
     for user_id in sorted(events):
         for svix_id, event in events[user_id]:
@@ -108,9 +113,25 @@ def _apply(connection: Connection, policy: Policy, events: Events, result: Batch
                     passed = _pass(connection, policy, {user_id: [(svix_id, event)]})
                 _count(result, passed)
                 applied.append(svix_id)
-            except ROWS_FAULT as error:
-                result.dead[svix_id] = f"Postgres refuses it: {describe(error)}"
+            except Exception as error:
+                reason = _fault(error)
+                if reason is None:
+                    raise
+                result.dead[svix_id] = reason
     return applied
+
+
+def _fault(error: Exception) -> str | None:
+    """Why an event can't be applied, where that is its own fault; None where Postgres can't do it just now.
+
+    An error of our own code counts as the event's: else everybody would wait for the one that we didn't think of.
+    """
+    if isinstance(error, ROWS_FAULT):
+        return f"Postgres refuses it: {describe(error)}"
+    if isinstance(error, psycopg.Error):
+        return None
+    log.error("an event can't be applied for an error that nobody thought of", exc_info=error)
+    return f"clerk-sync fails on it: {type(error).__name__}"
 
 
 def _count(result: Batch, passed: tuple[Counter[str], list[users.Crossing]]) -> None:
