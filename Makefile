@@ -2,9 +2,10 @@
 #   make demo            the whole system on real servers, a demonstration, then serving until Ctrl-C
 #   make demo ARGS=--once   the demonstration alone
 #   make test            every check
+#   make fuzz            what reads others' bytes, fuzzed for a minute; ARGS="--seconds 600" for longer
 #   make lock            after a change of dependencies in pyproject.toml
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit integration acceptance format lock clean
+.PHONY: help demo test lint types unit integration acceptance fuzz format lock clean
 ARGS ?=
 # The first Python that is new enough; PYTHON=/path/to/python overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -46,6 +47,18 @@ unit integration: $(READY)
 acceptance: $(READY)
 	$(BIN)/pytest tests/$@ $(ARGS)
 
+# In an environment of its own, so that the tests' isn't changed. What it learns stays in .fuzz.
+FUZZ := .fuzz/venv
+fuzz: $(READY)
+	@$(BIN)/python -c 'import platform, sys; sys.exit((sys.platform, platform.machine()) != ("linux", "x86_64") or sys.version_info >= (3, 14))' \
+		|| { echo "make fuzz needs Linux on x86_64 and Python 3.11 to 3.13: atheris has no wheels for others" >&2; exit 0; }; \
+	test -e $(FUZZ)/.ready -a ! $(READY) -nt $(FUZZ)/.ready || { \
+		$(PYTHON) -m venv --clear $(FUZZ) \
+		&& $(BIN)/uv export --quiet --frozen --no-emit-project --no-header --no-annotate --no-default-groups --group fuzz \
+			--output-file $(FUZZ)/requirements.txt \
+		&& $(BIN)/uv pip install --quiet --python $(FUZZ)/bin/python --require-hashes --requirements $(FUZZ)/requirements.txt \
+		&& touch $(FUZZ)/.ready; } && $(FUZZ)/bin/python -m tests.fuzz.fuzz $(ARGS)
+
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -56,4 +69,4 @@ lock: $(READY)
 
 clean:
 	@test ! -e .clerk-sync -o ! -x $(BIN)/python || $(BIN)/python -c 'import pathlib, worker.local as l; l.discard(pathlib.Path(".clerk-sync"))'
-	rm -rf .venv .clerk-sync .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .fuzz .clerk-sync .mypy_cache .ruff_cache .pytest_cache .hypothesis
