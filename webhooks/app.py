@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any, Final
 from flask import Flask, Response, g, jsonify, request
 from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
 
+from webhooks.connections import LARGEST_BODY
 from webhooks.signature import Delivery, Verify
 from worker import metrics
 from worker.errors import SignatureError, Unavailable
@@ -19,7 +19,6 @@ from worker.inbox import Incoming
 
 log = logging.getLogger(__name__)
 
-LARGEST_BODY: Final = 1024 * 1024
 UNREADABLE: Final = {"error": "the body can't be read"}
 LATER: Final = {"error": "the event can't be taken now; deliver it again"}
 RETRY: Final = {"Retry-After": "5"}  # seconds
@@ -134,7 +133,6 @@ def _answer(
 
 
 def _too_large(_: RequestEntityTooLarge) -> Answer:
-    _swallow()
     return _answer("too_large", 413, {"error": "the body is over 1 MiB"}, {})
 
 
@@ -149,24 +147,10 @@ def _http_error(error: HTTPException) -> Answer:
 
 
 def _body() -> bytes | None:
-    """The body as it was sent; None where it is no body, or broke off. Raises RequestEntityTooLarge."""
+    """The body as it was sent; None where it broke off. Raises RequestEntityTooLarge."""
     try:
-        body = request.get_data(cache=False)
-        # Werkzeug cuts a body without a length at the limit and says nothing.
-        cut = len(body) == LARGEST_BODY and request.content_length is None and request.environ["wsgi.input"].read(1)
+        return request.get_data(cache=False)
     except RequestEntityTooLarge:
         raise
     except Exception:  # noqa: BLE001 - each web server has its own errors for it
         return None
-    if cut:
-        raise RequestEntityTooLarge
-    return body
-
-
-def _swallow() -> None:
-    """Read on for a while: a client that is still sending a body that is too large would miss the answer."""
-    left = 8 * LARGEST_BODY
-    stream = request.environ["wsgi.input"]
-    with contextlib.suppress(Exception):  # whatever it is, it is answered already
-        while left > 0 and (chunk := stream.read(min(left, 65536))):
-            left -= len(chunk)

@@ -79,8 +79,7 @@ class Proxy:
         self._selector = selectors.DefaultSelector()
         self._orders: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = queue.SimpleQueue()
         self._waker, self._woken = socket.socketpair()
-        self._woken.setblocking(False)
-        self._selector.register(self._woken, READ, lambda _: self._obey())
+        self._selector.register(self._woken, READ, lambda _: self._woken.recv(CHUNK))
         self._thread: threading.Thread | None = None
         self._running = False
         self._links: set[_Link] = set()
@@ -188,7 +187,7 @@ class Proxy:
         stack.callback(self.heal)
         return stack
 
-    # --- Orders from other threads, carried out between two events.
+    # --- Orders from other threads, carried out when no event is left that came before them.
 
     def _order(self, order: Callable[[], None]) -> None:
         if self._thread is None:
@@ -200,8 +199,6 @@ class Proxy:
             raise RuntimeError(f"the proxy on port {self.port} has died: see its thread's exception")
 
     def _obey(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._woken.recv(CHUNK)
         with contextlib.suppress(queue.Empty):
             while True:
                 order, done = self._orders.get_nowait()
@@ -242,6 +239,7 @@ class Proxy:
                 # An event before this one may have closed it.
                 if isinstance(key.fileobj, socket.socket) and key.fileobj.fileno() != -1:
                     key.data(mask)
+            self._obey()
             for link in [each for each, due in self._late.items() if due <= time.monotonic()]:
                 self._settle(link)
 
@@ -282,13 +280,11 @@ class Proxy:
     def _ready(self, link: _Link, there: _Flow, back: _Flow, mask: int) -> None:
         """The source of one flow, which is the sink of the other, can be read or written."""
         if not link.connected:
-            link.connected = True
-            if there.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._failed(link, there)
-        elif not self._held:  # which may have come after the event
+            link.connected = True  # or it failed, as the first read will tell
+        else:
             if mask & WRITE:
                 self._write(link, back)
-            if mask & READ and there.source.fileno() != -1:
+            if mask & READ:
                 self._read(link, there)
         self._settle(link)
 

@@ -223,6 +223,17 @@ def test_half_open_connections_are_never_closed_and_a_server_is_not_told_that_it
     until(lambda: echo.open == 0)
 
 
+def test_a_client_that_the_proxy_has_yet_to_accept_is_a_present_one(
+    proxy: Proxy, client: Callable[[], socket.socket]
+) -> None:
+    opened: list[socket.socket] = []
+    # Connects in the proxy's own thread, which has no time to accept before the next order.
+    proxy._orders.put((lambda: opened.append(client()), threading.Event()))
+    proxy.half_open()
+    opened[0].sendall(b"lost")
+    assert silent(opened[0])
+
+
 def test_where_replies_are_lost_the_server_hears_everything_and_the_client_is_reset_in_the_end(
     proxy: Proxy, echo: Echo, client: Callable[[], socket.socket]
 ) -> None:

@@ -17,7 +17,8 @@ from werkzeug.test import TestResponse
 from tests.clerk import SECRET, sign
 from tests.events import changed, deleted, envelope, incoming
 from tests.waiting import until
-from webhooks.app import LARGEST_BODY, create_app
+from webhooks.app import create_app
+from webhooks.connections import LARGEST_BODY
 from webhooks.health import Health
 from webhooks.recorder import Recorder
 from webhooks.signature import make_verifier

@@ -58,7 +58,8 @@ def set_clock_off(seconds: float) -> None:
         gc.get_referents(kind.__dict__)[0][name] = classmethod(function)
         ctypes.pythonapi.PyType_Modified(ctypes.py_object(kind))
 
-    replace(dt.date, "today", lambda kind: kind.fromtimestamp(now()))  # datetime's too
+    # datetime's too. Many versions of Python ask time.time here, but none promises it.
+    replace(dt.date, "today", lambda kind: kind.fromtimestamp(now()))
     replace(dt.datetime, "now", lambda kind, tz=None: kind.fromtimestamp(now(), tz))
     replace(dt.datetime, "utcnow", lambda kind: kind.fromtimestamp(now(), dt.UTC).replace(tzinfo=None))
 

@@ -1,0 +1,274 @@
+"""One process's connections, with limits short enough to watch: an event loop in a thread, and a tiny application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import pytest
+
+from tests.waiting import until
+from webhooks.connections import LARGEST_BODY, MOST_PIPELINED, Connections, Limits
+
+POST: Final = b"POST / HTTP/1.1\r\nHost: here\r\n"
+WHOLE: Final = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 3\r\n\r\nabc"
+HALF: Final = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 3\r\n\r\nab"
+LONG: Final = Limits(request_seconds=60, idle_seconds=60, answer_seconds=60, linger_seconds=60)
+
+
+class Door:
+    """Connections in an event loop of their own."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.taken: list[dict[str, Any]] = []
+        self.go = threading.Event()
+        self.go.set()
+        self._limits = limits
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.port = self._listener.getsockname()[1]
+        self._listening = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._clients: list[socket.socket] = []
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._listening.wait(10)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def join(self) -> None:
+        for client in self._clients:
+            client.close()
+        self.go.set()
+        self._stop.set()
+        self._thread.join(10)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+    async def _serve(self) -> None:
+        connections = Connections(self._answer, 2, self._limits)
+        connections.listen([self._listener])
+        self._listening.set()
+        while not self._stop.is_set():
+            connections.sweep()
+            await asyncio.sleep(0.01)
+        connections.stop()
+        while not connections.finished:
+            connections.sweep()
+            await asyncio.sleep(0.01)
+        connections.close()
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        self.taken.append(environ)
+        self.go.wait(10)
+        if environ["PATH_INFO"] == "/fail":
+            raise ValueError("nobody thought of it")
+        body = environ["wsgi.input"].read() + b"." * int(environ["QUERY_STRING"] or 0)
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
+
+    def connect(self, data: bytes = b"") -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        self._clients.append(client)
+        client.sendall(data)
+        return client
+
+
+@pytest.fixture
+def door() -> Iterator[Callable[..., Door]]:
+    made: list[Door] = []
+
+    def make(limits: Limits = LONG) -> Door:
+        made.append(Door(limits))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.join()
+
+
+def rest(client: socket.socket) -> bytes:
+    """All that comes until the connection ends."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := client.recv(65536):
+            found += piece
+    return found
+
+
+def status(client: socket.socket) -> int:
+    """The status of the answer that comes now."""
+    return int(client.recv(65536).split(b" ", 2)[1])
+
+
+SHORT: Final = Limits(request_seconds=0.3, idle_seconds=0.3, answer_seconds=0.3, linger_seconds=0.3)
+
+
+@pytest.mark.parametrize("half", [b"P", POST, HALF, POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"])
+def test_half_a_request_is_answered_408_when_its_time_is_up_and_takes_no_thread(
+    door: Callable[..., Door], half: bytes
+) -> None:
+    opened = door(SHORT)
+    clients = [opened.connect(half) for _ in range(20)]
+    assert status(opened.connect(WHOLE)) == 200
+    assert all(rest(client).startswith(b"HTTP/1.1 408 ") for client in clients)
+    assert len(opened.taken) == 1
+
+
+def test_bytes_that_trickle_in_do_not_put_the_deadline_off(door: Callable[..., Door]) -> None:
+    opened = door(SHORT)
+    client = opened.connect(POST + b"Content-Length: 1000\r\n\r\n")
+    client.settimeout(0.02)
+    started, answer = time.monotonic(), b""
+    while not answer and time.monotonic() - started < 10:
+        client.send(b"a")
+        with contextlib.suppress(TimeoutError):
+            answer = client.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_connection_that_says_nothing_is_ended_before_and_after_a_request(door: Callable[..., Door]) -> None:
+    opened = door(SHORT)
+    assert rest(opened.connect()) == b""
+    assert rest(opened.connect(b"\r\n" * 100)) == b""
+    served = opened.connect(WHOLE)
+    assert rest(served).endswith(b"abc")
+
+
+def test_client_that_does_not_take_its_answer_is_cut(door: Callable[..., Door]) -> None:
+    opened = door(SHORT)
+    client = opened.connect(b"GET /?30000000 HTTP/1.1\r\nHost: here\r\n\r\n")
+    until(lambda: opened.taken)
+    started = time.monotonic()
+    until(lambda: refused(client), what="the cut")
+    assert time.monotonic() - started < 5
+
+
+def refused(client: socket.socket) -> bool:
+    """Whether what is sent gets nowhere, since the other side is gone."""
+    try:
+        client.send(b"x")
+    except (ConnectionResetError, BrokenPipeError):
+        return True
+    return False
+
+
+def test_when_memory_is_full_the_request_that_has_taken_longest_goes_and_new_ones_are_served(
+    door: Callable[..., Door],
+) -> None:
+    opened = door(Limits(held_bytes=3 * LARGEST_BODY, linger_seconds=60))
+    big = POST + b"Content-Length: %d\r\n\r\n" % LARGEST_BODY + b"x" * (LARGEST_BODY - 1)
+    clients = []
+    for _ in range(8):
+        with contextlib.suppress(ConnectionError):
+            clients.append(opened.connect(big))
+        assert status(opened.connect(WHOLE)) == 200
+    newest = clients[-1]
+    newest.sendall(b"x")
+    assert status(newest) == 200
+    gone = [client for client in clients[:-1] if ended(client)]
+    assert 5 <= len(gone) <= 6
+
+
+def ended(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        client.recv(65536)
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+    return True
+
+
+def test_when_there_are_too_many_connections_the_one_that_was_silent_longest_goes(door: Callable[..., Door]) -> None:
+    opened = door(Limits(connections=10))
+    silent = [opened.connect() for _ in range(30)]
+    assert status(opened.connect(WHOLE)) == 200
+    assert not any(rest(client) for client in silent[:20])
+
+
+def test_more_whole_requests_than_can_wait_are_answered_503(door: Callable[..., Door]) -> None:
+    opened = door(Limits(waiting=2, linger_seconds=60))
+    opened.go.clear()
+    first = [opened.connect(WHOLE) for _ in range(2)]
+    until(lambda: len(opened.taken) == 2)
+    third = opened.connect(WHOLE)
+    answer = third.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nRetry-After: " in answer
+    # Health and metrics don't wait for deliveries.
+    other = opened.connect(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+    until(lambda: len(opened.taken) == 3)
+    opened.go.set()
+    assert [status(client) for client in (*first, other)] == [200, 200, 200]
+
+
+def test_pipelined_requests_are_answered_in_order_and_only_so_many_are_read_ahead(door: Callable[..., Door]) -> None:
+    opened = door()
+    several = b"".join(b"GET /%d HTTP/1.1\r\nHost: here\r\n\r\n" % number for number in range(30))
+    answers = rest(opened.connect(several))
+    assert answers.count(b"HTTP/1.1 200 OK") == MOST_PIPELINED + 1
+    assert answers.count(b"Connection: close") == 1
+    assert [one["PATH_INFO"] for one in opened.taken] == [f"/{number}" for number in range(MOST_PIPELINED + 1)]
+
+
+def test_what_follows_a_whole_request_is_refused_after_its_answer(door: Callable[..., Door]) -> None:
+    opened = door()
+    client = opened.connect(WHOLE + b"\x16\x03\x01 nonsense\r\n\r\n")
+    client.shutdown(socket.SHUT_WR)
+    answers = rest(client)
+    assert answers.startswith(b"HTTP/1.1 200 ")
+    assert b"HTTP/1.1 400 " in answers
+
+
+def test_request_that_begins_behind_another_one_is_read_on(door: Callable[..., Door]) -> None:
+    client = door().connect(WHOLE + HALF)
+    assert client.recv(65536).endswith(b"abc")
+    client.sendall(b"c")
+    assert client.recv(65536).endswith(b"abc")
+
+
+def test_application_that_fails_is_a_503_and_its_text_stays_inside(
+    door: Callable[..., Door], caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = rest(door().connect(b"POST /fail HTTP/1.0\r\nContent-Length: 0\r\n\r\n"))
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"nobody thought" not in answer
+
+
+def test_stop_ends_idle_connections_and_half_requests_and_sends_answers_that_are_under_way(
+    door: Callable[..., Door],
+) -> None:
+    opened = door(Limits(linger_seconds=0.3))
+    opened.go.clear()
+    served, idle, half = opened.connect(WHOLE), opened.connect(), opened.connect(HALF)
+    until(lambda: opened.taken)
+    opened.stop()
+    assert rest(idle) == b""
+    assert rest(half).startswith(b"HTTP/1.1 503 ")
+    opened.go.set()
+    answer = rest(served)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"\r\nConnection: close\r\n" in answer
+
+
+def test_the_application_sees_the_request_and_not_who_sent_it(door: Callable[..., Door]) -> None:
+    opened = door()
+    request = b"POST http://there/a%20b?7 HTTP/1.1\r\nHost: here\r\nX-A: 1\r\nx-a: 2\r\nX_A: 3\r\nSvix-Id: m\r\n"
+    client = opened.connect(
+        request + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1;x=y\r\nc\r\n0\r\nX-Trailer: 1\r\n\r\n"
+    )
+    assert client.recv(65536).endswith(b"\r\n\r\nabc.......")
+    (seen,) = opened.taken
+    assert (seen["PATH_INFO"], seen["QUERY_STRING"], seen["CONTENT_LENGTH"]) == ("/a b", "7", "3")
+    assert (seen["HTTP_X_A"], seen["HTTP_SVIX_ID"], seen["HTTP_HOST"]) == ("1,2", "m", "here")
+    assert not {"REMOTE_ADDR", "HTTP_TRANSFER_ENCODING", "HTTP_X_TRAILER"} & seen.keys()

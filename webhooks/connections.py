@@ -1,0 +1,549 @@
+"""Reads every request whole, in one thread, before any other thread hears of it.
+
+Whoever sends half a request, or one byte a second, holds a few hundred bytes and no thread. Each request has a
+deadline and a size, all together have a share of memory, and where that is full the one that has taken longest goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import io
+import json
+import logging
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+import httptools
+
+from worker import metrics
+
+log = logging.getLogger(__name__)
+
+LARGEST_BODY: Final = 1024 * 1024
+LARGEST_HEAD: Final = 32 * 1024
+"""Of the request line and all headers together."""
+
+LARGEST_REQUEST: Final = 2 * LARGEST_BODY
+"""With what frames its chunks."""
+
+MOST_PIPELINED: Final = 10
+"""Requests that are read ahead while the first is answered; after them the connection ends."""
+
+REQUEST_COSTS: Final = 4096
+"""What a request takes in memory beside its bytes, about."""
+
+SWALLOWED: Final = 8 * LARGEST_BODY
+"""How much is read on, and dropped, after a refusal: whoever is still sending would miss the answer."""
+
+NO_MORE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+Application = Callable[..., Iterable[bytes]]
+
+IDLE: Final = "idle"
+READING: Final = "reading"
+ANSWERING: Final = "answering"
+STUCK: Final = "stuck"
+OVER: Final = "over"
+
+REFUSED: Final = {
+    400: "this is not a request in HTTP/1.1",
+    408: "the request took too long",
+    413: "the body is over 1 MiB",
+    431: "the headers are over 32 KiB",
+    503: "the request can't be taken now; send it again",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long things may take, and how much there may be of them in one process."""
+
+    request_seconds: float = 20.0
+    """From a request's first byte, or from a new connection, until the last byte."""
+    idle_seconds: float = 75.0
+    """From an answer to the next request: Svix keeps its connections."""
+    answer_seconds: float = 10.0
+    """Until the client has taken an answer."""
+    linger_seconds: float = 2.0
+    """How long whoever was refused may go on sending before the connection is cut."""
+    connections: int = 4000
+    waiting: int = 1000
+    """Whole requests at a time; more would wait for a thread longer than is any use."""
+    held_bytes: int = 64 * 1024 * 1024
+    """Of all requests that are being read or answered."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One request as it comes in."""
+
+    method: str = ""
+    target: bytes = b""
+    protocol: str = ""
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    body: bytearray = field(default_factory=bytearray)
+    keep_alive: bool = False
+    head_size: int = 0
+
+
+class Connections:
+    """All connections of one process. Everything but the application runs in the event loop's thread."""
+
+    def __init__(self, application: Application, threads: int, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.stopping = False
+        self._application = application
+        self._loop = asyncio.get_running_loop()
+        # Deliveries have threads of their own: health and metrics, which anybody may ask for, wait for Postgres.
+        self._threads = {True: ThreadPoolExecutor(threads, "delivery"), False: ThreadPoolExecutor(2, "other")}
+        self._listeners: Sequence[socket.socket] = ()
+        # Each in the order of since when.
+        self._by_state: dict[str, dict[Connection, None]] = {
+            state: {} for state in (IDLE, READING, ANSWERING, STUCK, OVER)
+        }
+        self._opening: set[asyncio.Task[Any]] = set()
+        self._answering = {True: 0, False: 0}
+        self._held = 0
+
+    # Coming and going
+
+    def listen(self, listeners: Sequence[socket.socket]) -> None:
+        """Accept from these from now on."""
+        self._listeners = listeners
+        for listener in listeners:
+            listener.setblocking(False)
+            self._loop.add_reader(listener.fileno(), self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept one connection only, so that the other processes get their share."""
+        if len(self._opening) + sum(map(len, self._by_state.values())) >= self.limits.connections:
+            self._end_oldest()
+        try:
+            accepted, _ = listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in NO_MORE:
+                raise
+            self._end_oldest()
+            return
+        accepted.setblocking(False)
+        opening = self._loop.create_task(self._loop.connect_accepted_socket(lambda: Connection(self), accepted))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+
+    def _end_oldest(self) -> None:
+        for state in (OVER, IDLE, READING, STUCK):
+            for oldest in self._by_state[state]:
+                oldest.give_way()
+                return
+
+    def moved(self, connection: Connection, before: str | None, now: str | None) -> None:
+        """Note that a connection is in another state; None: not yet, or no more."""
+        if before is not None:
+            self._by_state[before].pop(connection, None)
+        if now is not None:
+            self._by_state[now][connection] = None
+
+    def sweep(self) -> None:
+        """End what has taken too long. To be called every second or so."""
+        now = time.monotonic()
+        for those in self._by_state.values():
+            for connection in [one for one in those if one.deadline < now]:
+                connection.expire()
+
+    # Memory
+
+    def hold(self, size: int, connection: Connection) -> bool:
+        """Make room for more bytes of a connection; False where it is itself the one that has to go."""
+        while self._held + size > self.limits.held_bytes:
+            oldest = next(iter(self._by_state[READING]), connection)
+            if oldest is connection:
+                return False
+            oldest.give_way()
+        self._held += size
+        return True
+
+    def release(self, size: int) -> None:
+        """Give back what was held."""
+        self._held -= size
+
+    # Answering
+
+    def answer(self, connection: Connection, request: Request) -> bool:
+        """Let a thread answer a whole request; False where too many wait for one already."""
+        delivery = request.method == "POST"
+        if self._answering[delivery] >= self.limits.waiting:
+            return False
+        self._answering[delivery] += 1
+        self._threads[delivery].submit(self._answer, connection, request)
+        return True
+
+    def _answer(self, connection: Connection, request: Request) -> None:
+        try:
+            answer = run(self._application, request, connection.address)
+        except Exception:
+            log.critical("answering failed", exc_info=True)
+            answer = refusal(503)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._answered, connection, request, answer)
+
+    def _answered(self, connection: Connection, request: Request, answer: bytes) -> None:
+        self._answering[request.method == "POST"] -= 1
+        connection.answered(request, answer)
+
+    # Stopping
+
+    def stop(self) -> None:
+        """Accept no more and end what is idle; the others may finish, soon."""
+        self.stopping = True
+        for listener in self._listeners:
+            self._loop.remove_reader(listener.fileno())
+        soon = time.monotonic() + self.limits.linger_seconds
+        for connection in self._by_state[READING]:
+            connection.deadline = min(connection.deadline, soon)
+        for connection in list(self._by_state[IDLE]):
+            connection.expire()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer is out."""
+        return not (any(self._answering.values()) or self._opening or any(self._by_state.values()))
+
+    def close(self) -> None:
+        """Cut what is left."""
+        for those in self._by_state.values():
+            for connection in list(those):
+                connection.cut()
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Connection(asyncio.Protocol):
+    """One connection: reads a request, has it answered, reads the next."""
+
+    def __init__(self, connections: Connections) -> None:
+        self.address: tuple[str, int] = ("", 0)
+        self.deadline = float("inf")
+        self._connections = connections
+        self._limits = connections.limits
+        self._state: str | None = None
+        self._transport: asyncio.Transport
+        self._parser = httptools.HttpRequestParser(self)
+        self._request: Request | None = None  # that is being read
+        self._whole: deque[Request] = deque()  # that wait for the one before them
+        self._refusal: int | None = None  # how to answer what follows
+        self._last = False  # whether nothing follows
+        self._unsent = False  # whether the client doesn't take its answer
+        self._in_hand = False  # whether a thread answers
+        self._held = 0
+        self._swallowed = 0
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 (for mypy)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=0)  # whatever doesn't go out at once is unsent
+        self.address = transport.get_extra_info("sockname")[:2]
+        self._become(IDLE, self._limits.request_seconds)
+        if self._connections.stopping:
+            self._close()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on."""
+        if self._state == OVER:
+            self._swallowed += len(data)
+            if self._swallowed > SWALLOWED:
+                self.cut()
+            return
+        if self._hold(len(data)):
+            try:
+                self._parser.feed_data(data)
+            except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+                self._refuse_rest(400)
+            if self._held > LARGEST_REQUEST:
+                self._refuse_rest(413)
+        self._go_on()
+
+    def eof_received(self) -> bool:
+        """Answer what was sent whole, and refuse a half."""
+        if self._state == OVER:
+            return False
+        if self._request is not None:
+            self._refuse_rest(400)
+        self._last = True
+        self._go_on()
+        return True
+
+    def pause_writing(self) -> None:
+        """Wait for the client to take its answer."""
+        self._unsent = True
+
+    def resume_writing(self) -> None:
+        """Go on, since it has."""
+        self._unsent = False
+        self._go_on()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        """End."""
+        self._finish()
+        self._connections.moved(self, OVER, None)
+
+    # What the parser calls, while it is fed
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        if not self._refusal and not self._last and self._hold(REQUEST_COSTS):
+            self._request = Request()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the target."""
+        if self._request and self._head_grows(len(url)):
+            self._request.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer."""
+        if not self._request or not self._head_grows(len(name) + len(value) + len(b": \r\n")):
+            return
+        if not self._request.method:  # what comes after the body counts for nothing
+            self._request.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """The body follows."""
+        if not self._request:
+            return
+        version = self._parser.get_http_version()
+        if version not in {"1.0", "1.1"} or self._parser.should_upgrade():
+            self._refuse_rest(400)
+        self._request.method = self._parser.get_method().decode("ascii")
+        self._request.protocol = f"HTTP/{version}"
+        self._request.keep_alive = self._parser.should_keep_alive()
+        headers = dict(self._request.headers)
+        if int(headers.get(b"content-length", 0)) > LARGEST_BODY:
+            self._refuse_rest(413)
+        waits = headers.get(b"expect", b"").lower() == b"100-continue" and version == "1.1"
+        if waits and not self._refusal and not self._whole:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        if self._request and not self._refusal:
+            self._request.body += body
+            if len(self._request.body) > LARGEST_BODY:
+                self._refuse_rest(413)
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        request, self._request = self._request, None
+        if request and not self._refusal:
+            request.keep_alive = request.keep_alive and len(self._whole) < MOST_PIPELINED
+            self._last = not request.keep_alive
+            self._whole.append(request)
+
+    def _head_grows(self, size: int) -> bool:
+        assert self._request  # noqa: S101 (for mypy)
+        self._request.head_size += size
+        if self._request.head_size > LARGEST_HEAD:
+            self._refuse_rest(431)
+        return not self._refusal
+
+    def _hold(self, size: int) -> bool:
+        if not self._connections.hold(size, self):
+            self._refuse_rest(503)
+            return False
+        self._held += size
+        return True
+
+    def _refuse_rest(self, status: int) -> None:
+        """Refuse what is being read; what was read whole before it is answered."""
+        if not self._last:
+            self._refusal = self._refusal or status
+
+    # What follows
+
+    def _go_on(self) -> None:
+        """Do what is next: send, answer, refuse, end, or read."""
+        if self._in_hand or self._state == OVER:
+            return
+        if self._unsent:
+            self._become(STUCK, self._limits.answer_seconds)
+        elif self._whole:
+            request = self._whole.popleft()
+            if self._connections.answer(self, request):
+                self._in_hand = True
+                self._become(ANSWERING, float("inf"))  # the application limits itself
+            else:
+                self._refuse(503)
+        elif self._refusal:
+            self._refuse(self._refusal)
+        elif self._last:
+            self._close()
+        elif self._request is None:
+            self._hold_only(0)
+            self._become(IDLE, self._limits.idle_seconds)
+        else:
+            if self._state != READING:
+                self._hold_only(REQUEST_COSTS + self._request.head_size + len(self._request.body))
+            self._become(READING, self._limits.request_seconds)
+
+    def answered(self, request: Request, answer: bytes) -> None:
+        """Send what the application answered."""
+        self._in_hand = False
+        if self._state == OVER:
+            self._hold_only(0)
+            return
+        if not request.keep_alive or self._connections.stopping:
+            self._whole.clear()
+            self._refusal, self._last = None, True
+            answer = closing(answer)
+        self._transport.write(answer)
+        self._go_on()
+
+    def _become(self, state: str, seconds: float) -> None:
+        """Change the state, and start its clock. Reading stops while something is to be answered or sent."""
+        if state == self._state:
+            return
+        self._connections.moved(self, self._state, state)
+        reads = state in {IDLE, READING, OVER}
+        if reads != self._transport.is_reading() and not self._transport.is_closing():
+            if reads:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+        self._state = state
+        self.deadline = time.monotonic() + seconds
+
+    def _hold_only(self, size: int) -> None:
+        self._connections.release(self._held - size)
+        self._held = size
+
+    # How it ends
+
+    def expire(self) -> None:
+        """Its time is up."""
+        if self._state == READING:
+            self._refuse(503 if self._connections.stopping else 408)
+        elif self._state == IDLE:
+            self._close()
+        else:
+            self.cut()
+
+    def give_way(self) -> None:
+        """Make room for others."""
+        if self._state == READING:
+            self._refuse(503)
+        self.cut()
+
+    def cut(self) -> None:
+        """End now, whatever isn't sent yet."""
+        self._finish()
+        self._transport.abort()
+
+    def _close(self) -> None:
+        """End once everything is sent."""
+        self._finish()
+        self._transport.close()
+
+    def _refuse(self, status: int) -> None:
+        """Refuse, and read on for a moment: whoever is still sending would miss the answer."""
+        log.warning("a request was refused", extra={"status": status, "reason": REFUSED[status]})
+        if status == 413:
+            metrics.DELIVERIES.labels("too_large").inc()
+        self._transport.write(closing(refusal(status)))
+        self._transport.write_eof()
+        self._finish(self._limits.linger_seconds)
+
+    def _finish(self, seconds: float | None = None) -> None:
+        self._become(OVER, seconds or self._limits.answer_seconds)
+        self._whole.clear()
+        self._request = None
+        if not self._in_hand:
+            self._hold_only(0)
+
+
+def run(application: Application, request: Request, address: tuple[str, int]) -> bytes:
+    """Have a WSGI application answer a request; the whole answer."""
+    said: list[tuple[str, list[tuple[str, str]]]] = []
+
+    def start_response(status: str, headers: list[tuple[str, str]], _error: object = None) -> Callable[[bytes], object]:
+        said[:] = [(status, headers)]
+        return parts.append
+
+    parts: list[bytes] = []
+    found = application(environ(request, address), start_response)
+    try:
+        parts.extend(found)
+    finally:
+        if close := getattr(found, "close", None):
+            close()
+    ((status, headers),) = said
+    return written(status, headers, b"".join(parts))
+
+
+def environ(request: Request, address: tuple[str, int]) -> dict[str, Any]:
+    """A request as WSGI wants it. Nothing in it tells who sent it."""
+    target = request.target
+    if not target.startswith(b"/"):  # the form that proxies send: http://host/path
+        target = b"/" + target.partition(b"://")[2].partition(b"/")[2]
+    path, _, query = target.partition(b"?")
+    found: dict[str, Any] = {
+        "REQUEST_METHOD": request.method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
+        "QUERY_STRING": query.decode("latin-1"),
+        "SERVER_NAME": address[0],
+        "SERVER_PORT": str(address[1]),
+        "SERVER_PROTOCOL": request.protocol,
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(request.body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+    }
+    for name, value in request.headers:
+        # An underscore would pass for a hyphen; and the body is whole already, however it was sent.
+        if b"_" not in name and name not in {b"content-length", b"transfer-encoding"}:
+            key = (
+                "CONTENT_TYPE"
+                if name == b"content-type"
+                else f"HTTP_{name.decode('latin-1').upper().replace('-', '_')}"
+            )
+            text = value.decode("latin-1")
+            found[key] = f"{found[key]},{text}" if key in found else text
+    found["CONTENT_LENGTH"] = str(len(request.body))
+    return found
+
+
+def written(status: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
+    """An answer as it goes over the wire."""
+    lines = [f"HTTP/1.1 {status}", f"Date: {formatdate(usegmt=True)}", *(f"{name}: {value}" for name, value in headers)]
+    return "\r\n".join((*lines, "", "")).encode("latin-1") + body
+
+
+def refusal(status: int) -> bytes:
+    """The answer to what no application sees."""
+    body = json.dumps({"error": REFUSED[status]}).encode()
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+    if status == 503:
+        headers.append(("Retry-After", "5"))
+    return written(f"{status} {HTTPStatus(status).phrase}", headers, body)
+
+
+def closing(answer: bytes) -> bytes:
+    """The same answer, as the last one of its connection."""
+    return answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)

@@ -1,0 +1,39 @@
+"""One process of the receiver under gunicorn's master, which starts it anew when it dies or says nothing for 30 s."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+
+from gunicorn.workers import base
+
+from webhooks.connections import Connections
+
+
+class Worker(base.Worker):
+    """An event loop reads requests, threads answer them."""
+
+    def run(self) -> None:
+        """Serve until told to stop, or until the master is gone."""
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            loop.add_signal_handler(number, stop.set)
+        connections = Connections(self.wsgi, self.cfg.threads)
+        connections.listen(self.sockets)
+        while not stop.is_set() and os.getppid() == self.ppid:
+            self.notify()
+            connections.sweep()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), 1)
+        connections.stop()
+        deadline = time.monotonic() + self.cfg.graceful_timeout
+        while not connections.finished and time.monotonic() < deadline:
+            self.notify()
+            connections.sweep()
+            await asyncio.sleep(0.02)
+        connections.close()
