@@ -158,7 +158,7 @@ def beat_killed(scene: Scene) -> None:
     scene.host().kill_part("beat")
 
 
-@fault("host killed: all its processes at once", weight=0.5)
+@fault("host killed: all its processes at once", weight=0.3)
 def host_killed(scene: Scene) -> None:
     host = scene.host()
     host.kill()
@@ -166,14 +166,14 @@ def host_killed(scene: Scene) -> None:
     host.start()
 
 
-@fault("host stopped and started, as a deployment does", weight=0.5)
+@fault("host stopped and started, as a deployment does", weight=0.2)
 def host_restarted(scene: Scene) -> None:
     host = scene.host()
     host.stop()
     host.start()
 
 
-@fault("everything killed at once, servers too", weight=0.4)
+@fault("everything killed at once, servers too", weight=0.3)
 def everything_killed(scene: Scene) -> None:
     cluster = scene.cluster
     for host in cluster.hosts:
@@ -191,12 +191,12 @@ def everything_killed(scene: Scene) -> None:
 # The clock. Svix's signatures are refused where it is more than five minutes off; the other host takes them.
 
 
-@fault("clock off in one receiver", weight=0.3)
+@fault("clock off in one receiver", weight=0.1)
 def receiver_clock_off(scene: Scene) -> None:
     clock_off(scene, "webhooks", scene.random.choice((-240, 240, -900, 900)))
 
 
-@fault("clock off in one worker", weight=0.3)
+@fault("clock off in one worker", weight=0.1)
 def worker_clock_off(scene: Scene) -> None:
     clock_off(scene, "worker.main worker", scene.random.choice((-86_400, -300, 300, 86_400)))
 
