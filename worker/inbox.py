@@ -28,11 +28,11 @@ class Incoming:
     error: str | None = None
 
 
-# One statement, one commit, for all deliveries that wait at this moment. A delivery that is still pending is left as
-# it is (a duplicate); one that was applied or set aside comes in again (a replay). What a deleted user's dead event
-# carried is not kept. Duplicates are left out before `on conflict` sees them: it would wait for a worker that holds
-# them, and everybody else's delivery with it. A replay is taken from `new`, not from `excluded`: Postgres asks whoever
-# reads a column of that for the privilege to read it in the table, and a receiver may not read bodies.
+# One statement, one commit, for all deliveries that wait at this moment, and this one table, so that whoever locks
+# another holds up nobody. A delivery that is still pending is left as it is (a duplicate); one that was applied or set
+# aside comes in again (a replay). Duplicates are left out before `on conflict` sees them: it would wait for a worker
+# that holds them, and everybody else's delivery with it. A replay is taken from `new`, not from `excluded`: Postgres
+# asks whoever reads a column of that for the privilege to read it in the table, and a receiver may not read bodies.
 RECORD = """
 with new as materialized (
   select
@@ -40,9 +40,7 @@ with new as materialized (
     case when error is null then 'pending' else 'dead' end as state,
     error,
     case when error is not null then now() end as processed_at,
-    case when error is null or not exists (
-      select from clerk.users where users.user_id = delivery.user_id and users.deleted_at is not null
-    ) then body end as body
+    body
   from unnest(
     %(svix_id)b::text[], %(sent_at)b::timestamptz[], %(type)b::text[], %(user_id)b::text[], %(version)b::bigint[],
     %(error)b::text[], %(body)b::bytea[]
@@ -156,7 +154,7 @@ def set_aside(connection: Connection, reasons: Mapping[str, str]) -> None:
         connection.execute(SET_ASIDE, {"svix_ids": list(reasons), "reasons": list(reasons.values())})
 
 
-# A dead event can be recorded at the very moment in which its user is deleted, neither seeing the other.
+# An event that is dead on arrival may come after its user was deleted, or at the very moment, neither seeing the other.
 FORGET_DELETED = """
 update clerk.webhook_events as events
 set state = 'done', body = null, error = 'the user was deleted', processed_at = now()

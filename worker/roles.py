@@ -31,7 +31,7 @@ class Role:
 _WHOLE: Final = ()
 _DELIVERED: Final = ("sent_at", "type", "user_id", "version", "state", "error", "processed_at", "body")
 
-# It can't read a body, nor what is kept of a user. Its counts, for /metrics, take four columns of the users.
+# It can't read a body, nor what is kept of a user. Its counts, for /metrics, take three columns of the users.
 RECEIVER: Final = Role(
     "clerk_receiver",
     "records deliveries and counts what there is, and reads neither bodies nor metadata",
@@ -43,7 +43,7 @@ RECEIVER: Final = Role(
             "insert": ("svix_id", *_DELIVERED),
             "update": (*_DELIVERED, "attempts", "received_at"),
         },
-        "clerk.users": {"select": ("user_id", "deleted_at", "over_budget", "content_missing")},
+        "clerk.users": {"select": ("deleted_at", "over_budget", "content_missing")},
         "clerk.runs": {"select": _WHOLE},
         "function clerk.run_is_under_way": {"execute": _WHOLE},
     },

@@ -23,7 +23,7 @@ from worker import inbox, metrics, roles
 from worker.db import Connection, deadline, describe
 from worker.errors import SyncError
 from worker.policy import Policy
-from worker.sync import BATCH_SECONDS, Batch, drain
+from worker.sync import BATCH, Batch, drain
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ COMPLAIN_SECONDS: Final = 30.0
 PRUNE_SECONDS: Final = 600.0
 """How often a worker looks for applied events that are past their time; until none are left, with each housekeeping."""
 
-PRUNE_LIMIT_SECONDS: Final = 5.0
+HOUSE_SECONDS: Final = 10.0
 
 WATCH_SECONDS: Final = 5.0
 DEAF_SECONDS: Final = 20.0
@@ -59,6 +59,7 @@ class Drainer:
         self._policy = policy
         self._keep = keep
         self._prune_due = 0.0
+        self._first = BATCH
         self._connection: Connection | None = None
         self._parents: Connection | None = None
         self._complained = -COMPLAIN_SECONDS
@@ -92,7 +93,12 @@ class Drainer:
 
     def _drain(self, cause: str) -> bool:
         try:
-            drain(self._connected(), self._policy, observe=lambda batch: self._observe(batch, cause))
+            connection = self._connected()
+            # After a failure one event at a time, then more and more: a few that take very long together, as whoever
+            # writes the metadata may bring about, would fail together for ever.
+            first, self._first = self._first, 1
+            drain(connection, self._policy, batch=first, observe=lambda batch: self._observe(batch, cause))
+            self._first = BATCH
         except NotReady as error:
             self._complain(logging.ERROR, "the database isn't ready; what is pending stays so", reason=str(error))
             return False
@@ -139,15 +145,12 @@ class Drainer:
     def keep_house(self) -> None:
         """Erase what dead events of deleted users still carry, and delete a step of the applied events that are past
         their time. Raises psycopg.Error."""
-        with self._running:
-            connection = self._connected()
-            with deadline(connection, BATCH_SECONDS):
-                inbox.forget_deleted(connection)
-        now = time.monotonic()
-        if now >= self._prune_due:
-            self._prune_due = now + PRUNE_SECONDS
-            # Over a connection of its own, so that a drain needn't wait.
-            with self._connect() as connection, deadline(connection, PRUNE_LIMIT_SECONDS):
+        # Over a connection of its own: under a steady load a drain goes on and on.
+        with self._connect() as connection, deadline(connection, HOUSE_SECONDS):
+            inbox.forget_deleted(connection)
+            now = time.monotonic()
+            if now >= self._prune_due:
+                self._prune_due = now + PRUNE_SECONDS
                 if inbox.prune(connection, self._keep) == inbox.PRUNE_STEP:
                     self._prune_due = now
 

@@ -24,8 +24,11 @@ log = logging.getLogger(__name__)
 
 BATCH: Final = 500
 
-BATCH_SECONDS: Final = 60.0
+BATCH_SECONDS: Final = 40.0
 """A batch that takes longer has lost its Postgres: its connection is cut and made anew."""
+
+CLAIM_SECONDS: Final = 5.0
+"""The same of a claim, which waits for nobody: a connection that has gone silent is noticed by it."""
 
 
 @dataclass(slots=True)
@@ -46,12 +49,14 @@ def drain(
 ) -> int:
     """Apply everything that is pending, until a claim finds nothing; returns the number of events claimed.
 
+    The first batch is of at most `batch` events, and each one that is done allows twice as many, up to BATCH.
     `observe` is called with each batch after its commit. Raises psycopg.Error where Postgres can't do it now: nothing
     is lost, and the caller tries again later.
     """
     total = 0
     while (done := drain_batch(connection, policy, batch)).claimed:
         total += done.claimed
+        batch = min(batch * 2, max(batch, BATCH))
         users.warn(done.crossings, policy.budget)
         observe(done)
     return total
@@ -62,7 +67,8 @@ def drain_batch(connection: Connection, policy: Policy, batch: int = BATCH) -> B
     started = time.perf_counter()
     result = Batch()
     with deadline(connection, BATCH_SECONDS), connection.transaction():
-        rows = inbox.claim(connection, batch)
+        with deadline(connection, CLAIM_SECONDS):
+            rows = inbox.claim(connection, batch)
         result.claimed = len(rows)
         if not rows:
             return result

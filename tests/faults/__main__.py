@@ -30,7 +30,7 @@ from worker import local
 @click.command(context_settings={"show_default": True})
 @click.option("--injections", type=click.IntRange(1), default=1000, help="How many faults.")
 @click.option("--seed", default="clerk-sync", help="The same seed does the same things to the same users.")
-@click.option("--systems", type=click.IntRange(1, 8), default=2, help="Clusters side by side, each of two hosts.")
+@click.option("--systems", type=click.IntRange(1, 8), default=3, help="Clusters side by side, each of two hosts.")
 @click.option("--rate", type=click.FloatRange(1, 1000), default=RATE, help="Events a second of each cluster.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only these kinds of faults; see --list.")
 @click.option("--first", type=click.IntRange(0), default=0, help="Number of the first fault, to repeat a later one.")

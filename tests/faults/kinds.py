@@ -105,13 +105,13 @@ def receiver_killed_unanswered(scene: Scene) -> None:
 @fault("receiver hung", weight=0.5)
 def receiver_hung(scene: Scene) -> None:
     with scene.host().hung_part("web"):
-        scene.hold(0.5, 4)
+        scene.hold(0.3, 2)
 
 
 @fault("receiver: a child hung", weight=0.5)
 def receiver_child_hung(scene: Scene) -> None:
     with scene.host().hung_part("web", child=True):
-        scene.hold(0.5, 4)
+        scene.hold(0.3, 2)
 
 
 @fault("worker killed", weight=1.5)
@@ -150,7 +150,7 @@ def worker_hung(scene: Scene) -> None:
     with contextlib.ExitStack() as hung:
         for host in scene.some_hosts():
             hung.enter_context(host.hung_part("worker"))
-        scene.hold(0.5, 6)
+        scene.hold(0.3, 3)
 
 
 @fault("beat killed", weight=0.7)
@@ -191,12 +191,12 @@ def everything_killed(scene: Scene) -> None:
 # The clock. Svix's signatures are refused where it is more than five minutes off; the other host takes them.
 
 
-@fault("clock off in one receiver", weight=0.1)
+@fault("clock off in one receiver", weight=0.05)
 def receiver_clock_off(scene: Scene) -> None:
     clock_off(scene, "webhooks", scene.random.choice((-240, 240, -900, 900)))
 
 
-@fault("clock off in one worker", weight=0.1)
+@fault("clock off in one worker", weight=0.05)
 def worker_clock_off(scene: Scene) -> None:
     clock_off(scene, "worker.main worker", scene.random.choice((-86_400, -300, 300, 86_400)))
 
@@ -205,7 +205,7 @@ def clock_off(scene: Scene, process: str, seconds: int) -> None:
     host = scene.host()
     host.stop()
     host.start(PYTHONPATH=str(CLOCK), CLOCK_OFF_IN=process, CLOCK_OFF_SECONDS=str(seconds))
-    scene.hold(1, 2)
+    scene.hold(0.5, 1)
     host.stop()
     host.start()
 
@@ -239,7 +239,7 @@ def with_memory(scene: Scene, policy: str) -> None:
     with scene.cluster.broker() as broker:
         broker.config_set("maxmemory-policy", policy)
         broker.config_set("maxmemory", 100_000)
-        scene.hold(0.5, 2)
+        scene.hold(0.3, 1.5)
         broker.config_set("maxmemory", 0)
         broker.config_set("maxmemory-policy", "noeviction")
 
@@ -247,7 +247,7 @@ def with_memory(scene: Scene, policy: str) -> None:
 @fault("Redis hung", broker=True)
 def redis_hung(scene: Scene) -> None:
     with scene.cluster.redis.hung():
-        scene.hold(0.5, 7)
+        scene.hold(0.3, 4)
 
 
 @fault("Redis: connections cut", weight=1.5, broker=True)
@@ -263,7 +263,7 @@ def redis_refuses(scene: Scene) -> None:
     hosts = scene.some_hosts()
     for host in hosts:
         host.broker.refuse()
-    scene.hold(0.5, 3)
+    scene.hold(0.3, 2)
     for host in hosts:
         host.broker.heal()
 
@@ -279,7 +279,7 @@ def redis_mute(scene: Scene) -> None:
     hosts = scene.some_hosts()
     for host in hosts:
         host.broker.mute()
-    scene.hold(0.5, 6)
+    scene.hold(0.3, 3)
     for host in hosts:
         host.broker.heal()
 
@@ -288,7 +288,7 @@ def redis_mute(scene: Scene) -> None:
 def redis_slow(scene: Scene) -> None:
     for host in scene.cluster.hosts:
         host.broker.delay(scene.random.choice((0.05, 0.2, 1.0)))
-    scene.hold(1, 3)
+    scene.hold(0.3, 1.5)
     for host in scene.cluster.hosts:
         host.broker.heal()
 
@@ -332,7 +332,7 @@ def postgres_killed(scene: Scene) -> None:
 @fault("Postgres restarted")
 def postgres_restarted(scene: Scene) -> None:
     scene.cluster.postgres.stop(scene.random.choice((signal.SIGINT, signal.SIGQUIT)))
-    scene.hold(0, 2)
+    scene.hold(0, 1)
     scene.cluster.postgres.start()
 
 
@@ -362,7 +362,7 @@ def postgres_terminates(scene: Scene) -> None:
 @fault("Postgres hung")
 def postgres_hung(scene: Scene) -> None:
     with scene.cluster.postgres.hung():
-        scene.hold(0.5, 6)
+        scene.hold(0.3, 3)
 
 
 @fault("Postgres: connections cut", weight=1.5)
@@ -378,7 +378,7 @@ def postgres_refuses(scene: Scene) -> None:
     hosts = scene.some_hosts()
     for host in hosts:
         host.database.refuse()
-    scene.hold(0.5, 4)
+    scene.hold(0.3, 2.5)
     for host in hosts:
         host.database.heal()
 
@@ -394,7 +394,7 @@ def postgres_mute(scene: Scene) -> None:
     hosts = scene.some_hosts()
     for host in hosts:
         host.database.mute()
-    scene.hold(0.5, 6)
+    scene.hold(0.3, 3)
     for host in hosts:
         host.database.heal()
 
@@ -404,7 +404,7 @@ def postgres_replies_lost(scene: Scene) -> None:
     hosts = scene.some_hosts()
     for host in hosts:
         host.database.lose_replies()
-    scene.hold(0.2, 3)
+    scene.hold(0.2, 2)
     for host in hosts:
         host.database.heal()
 
@@ -413,7 +413,7 @@ def postgres_replies_lost(scene: Scene) -> None:
 def postgres_slow(scene: Scene) -> None:
     for host in scene.cluster.hosts:
         host.database.delay(scene.random.choice((0.02, 0.1, 0.4)))
-    scene.hold(1, 3)
+    scene.hold(0.3, 1.5)
     for host in scene.cluster.hosts:
         host.database.heal()
 
@@ -423,7 +423,7 @@ def postgres_full(scene: Scene) -> None:
     with scene.cluster.connect(superuser=True) as connection:
         connection.execute(f"alter role {OWNER} connection limit {scene.random.choice((0, 1, 2))}")
         connection.execute(TERMINATE)
-        scene.hold(1, 4)
+        scene.hold(0.5, 2)
         connection.execute(f"alter role {OWNER} connection limit -1")
 
 
@@ -432,7 +432,7 @@ def postgres_read_only(scene: Scene) -> None:
     with scene.cluster.connect(superuser=True) as connection:
         connection.execute(f"alter role {OWNER} set default_transaction_read_only = on")
         connection.execute(TERMINATE)
-        scene.hold(0.5, 3)
+        scene.hold(0.3, 2)
         connection.execute(f"alter role {OWNER} reset default_transaction_read_only")
         if scene.random.random() < 0.5:  # or nobody hangs up, and sessions stay read-only
             connection.execute(TERMINATE)
@@ -451,7 +451,7 @@ def inbox_locked(scene: Scene) -> None:
 def lock(scene: Scene, table: str) -> None:
     with scene.cluster.connect() as connection, connection.transaction():
         connection.execute(f"lock table {table} in access exclusive mode")
-        scene.hold(0.5, 12 if scene.random.random() < 0.2 else 3)
+        scene.hold(0.3, 12 if scene.random.random() < 0.1 else 2)
 
 
 @fault("clerk-sync migrate in the midst of it", weight=0.3)
@@ -472,7 +472,7 @@ def migrated(scene: Scene) -> None:
 def half_requests(scene: Scene) -> None:
     head = b"POST /webhooks/clerk HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
     connections = idle_connections(scene.host().port, 200, scene.random.choice((b"", head, head + b"\r\n{")))
-    scene.hold(1, 3)
+    scene.hold(0.5, 1.5)
     for connection in connections:
         connection.close()
 
@@ -538,5 +538,5 @@ def kill_some(scene: Scene, pids: list[int]) -> None:
 
 def down_for_a_while(scene: Scene, server: ServerProcess) -> None:
     server.kill()
-    scene.hold(0, 3)
+    scene.hold(0, 1.5)
     server.start()

@@ -24,13 +24,13 @@ from tests.faults.sender import Sender
 from tests.faults.truth import Message, Truth
 from worker import local
 
-RATE: Final = 60.0
+RATE: Final = 50.0
 """Events a second, while they flow."""
 
-BEFORE: Final = 20
+BEFORE: Final = 10
 """Acknowledgements before each fault, so that it meets a system at work."""
 
-HEARD: Final = 0.2
+HEARD: Final = 0.1
 """The share of the broker's faults after which we wait until the doorbell is heard again, which can take 30 s."""
 
 RECOVERY_SECONDS: Final = 90.0

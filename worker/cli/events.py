@@ -14,7 +14,7 @@ from rich.text import Text
 
 from worker import inbox
 from worker.cli.charts import print_whole
-from worker.cli.options import connect, info_option, json_option, settings, to_json
+from worker.cli.options import connected, info_option, json_option, settings, to_json
 from worker.errors import ConfigError
 
 _COLOURS = {"pending": "yellow", "done": "green", "dead": "red"}
@@ -33,7 +33,7 @@ def events() -> None:
 @json_option
 def list_events(*, state: str | None, user_id: str | None, limit: int, info: Path | None, as_json: bool) -> None:
     """List the latest events, newest first."""
-    with connect(settings(info, "database_url", claims=False).database_url) as connection:
+    with connected(settings(info, "database_url", claims=False).database_url) as connection:
         found = inbox.listed(connection, state=state, user_id=user_id, most=limit)
     if as_json:
         click.echo(to_json([dataclasses.asdict(event) for event in found]))
@@ -64,7 +64,7 @@ def list_events(*, state: str | None, user_id: str | None, limit: int, info: Pat
 @json_option
 def show_event(*, svix_id: str, info: Path | None, as_json: bool) -> None:
     """Show one event: its state, why it was set aside, and how large its body is."""
-    with connect(settings(info, "database_url", claims=False).database_url) as connection:
+    with connected(settings(info, "database_url", claims=False).database_url) as connection:
         event = inbox.show(connection, svix_id)
     if event is None:
         click.echo(f"There is no event {svix_id}.", err=True)
@@ -93,7 +93,7 @@ def retry_events(*, svix_ids: tuple[str, ...], dead: bool, info: Path | None, as
     """
     if bool(svix_ids) == dead:
         raise ConfigError("say which: clerk-sync events retry ID..., or --dead for all that were set aside")
-    with connect(settings(info, "database_url", claims=False).database_url) as connection:
+    with connected(settings(info, "database_url", claims=False).database_url) as connection:
         retried = inbox.retry(connection, None if dead else svix_ids)
     _tell("retried", "Pending again", retried, svix_ids, as_json=as_json)
 
@@ -110,7 +110,7 @@ def dismiss_events(*, svix_ids: tuple[str, ...], dead: bool, info: Path | None, 
     """
     if bool(svix_ids) == dead:
         raise ConfigError("say which: clerk-sync events dismiss ID..., or --dead for all that were set aside")
-    with connect(settings(info, "database_url", claims=False).database_url) as connection:
+    with connected(settings(info, "database_url", claims=False).database_url) as connection:
         dismissed = inbox.dismiss(connection, None if dead else svix_ids)
     _tell("dismissed", "Dismissed", dismissed, svix_ids, as_json=as_json)
 

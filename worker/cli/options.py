@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,6 +82,16 @@ def connect(database_url: str) -> db.Connection:
         connection.close()
         raise SyncError("; ".join(problems))
     return connection
+
+
+@contextlib.contextmanager
+def connected(database_url: str) -> Iterator[db.Connection]:
+    """The same for the length of a block, whose database errors come out as SyncError."""
+    try:
+        with connect(database_url) as connection:
+            yield connection
+    except psycopg.Error as error:
+        raise SyncError(f"Postgres failed: {db.describe(error)}") from None
 
 
 def to_json(value: Any) -> str:
