@@ -2,10 +2,12 @@
 #   make demo            the whole system on real servers, a demonstration, then serving until Ctrl-C
 #   make demo ARGS=--once   the demonstration alone
 #   make test            every check
+#   make faults          everything broken that can break, for half an hour, and what it cost; ARGS=--help
+#   make soak            a steady load with faults for 20 minutes: does anything grow; ARGS=--help
 #   make fuzz            what reads others' bytes, fuzzed for a minute; ARGS="--seconds 600" for longer
 #   make lock            after a change of dependencies in pyproject.toml
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit integration acceptance fuzz format lock clean
+.PHONY: help demo test lint types unit integration acceptance faults soak fuzz format lock clean
 ARGS ?=
 # The first Python that is new enough; PYTHON=/path/to/python overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -58,6 +60,12 @@ fuzz: $(READY)
 			--output-file $(FUZZ)/requirements.txt \
 		&& $(BIN)/uv pip install --quiet --python $(FUZZ)/bin/python --require-hashes --requirements $(FUZZ)/requirements.txt \
 		&& touch $(FUZZ)/.ready; } && $(FUZZ)/bin/python -m tests.fuzz.fuzz $(ARGS)
+
+faults: $(READY)
+	@$(BIN)/python -m tests.faults $(ARGS)
+
+soak: $(READY)
+	@$(BIN)/python -m tests.faults.soak $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -18,6 +18,7 @@ from worker.errors import BrokerDown
 from worker.reconciler import Reconciler
 from worker.settings import Settings
 from worker.sweeper import Drainer, Sweeper, Watch
+from worker.sync import LOCK_MS, STATEMENT_MS
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def create_worker(settings: Settings) -> Celery:
     app = create_celery(settings.redis_url, reconcile_seconds=0 if off else settings.reconcile_seconds)
     app.conf.worker_consumer = "worker.listener:Listener"
     drainer = Drainer(
-        lambda: db.connect(settings.database_url, "worker"),
+        lambda: db.connect(settings.database_url, "worker", statement_ms=STATEMENT_MS, lock_ms=LOCK_MS),
         settings.policy,
         timedelta(days=settings.event_retention_days),
     )

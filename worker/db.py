@@ -29,14 +29,14 @@ _CONNECT: Final[dict[str, Any]] = {
     "tcp_user_timeout": 10_000,
 }
 
-# Whoever is cut off in mid-transaction without Postgres hearing of it holds its locks for 15 s at most.
+# Whoever is cut off in mid-transaction without Postgres hearing of it holds its locks for 10 s at most.
 # An acknowledgement means that the commit is on disk, whatever the database's own default says. Sent after the
 # connection is made, not as start-up options: connection poolers refuse those.
 LIMITS = """
 select
   set_config('statement_timeout', %(statement_ms)s::text, false),
   set_config('lock_timeout', %(lock_ms)s::text, false),
-  set_config('idle_in_transaction_session_timeout', '15000', false),
+  set_config('idle_in_transaction_session_timeout', '10000', false),
   set_config('synchronous_commit',
     case current_setting('synchronous_commit') when 'off' then 'on' else current_setting('synchronous_commit') end,
     false)

@@ -24,8 +24,12 @@ log = logging.getLogger(__name__)
 
 BATCH: Final = 500
 
-BATCH_SECONDS: Final = 40.0
-"""A batch that takes longer has lost its Postgres: its connection is cut and made anew."""
+BATCH_SECONDS: Final = 15.0
+"""A batch that takes longer has lost its Postgres, or takes on too much: its connection is cut and made anew."""
+
+STATEMENT_MS: Final = 12_000
+LOCK_MS: Final = 5_000
+"""How long a statement of a batch may take, and wait for a lock."""
 
 CLAIM_SECONDS: Final = 5.0
 """The same of a claim, which waits for nobody: a connection that has gone silent is noticed by it."""

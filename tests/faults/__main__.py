@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tests.faults.kinds import KINDS, Kind
-from tests.faults.lane import RATE, Lane, Outcome
+from tests.faults.lane import RATE, Lane, Outcome, bad, told
 from worker import local
 
 
@@ -123,17 +123,6 @@ def taken(waiting: queue.SimpleQueue[int]) -> Iterator[int]:
             yield waiting.get_nowait()
         except queue.Empty:
             return
-
-
-def bad(outcome: Outcome) -> bool:
-    """Whether a promise was broken."""
-    return bool(outcome.lost or outcome.wrong or outcome.stuck)
-
-
-def told(outcome: Outcome) -> str:
-    """One line of what went wrong."""
-    stuck = f", {outcome.stuck}" if outcome.stuck else ""
-    return f"fault {outcome.number} ({outcome.kind}): {outcome.lost} lost, {outcome.wrong} wrong rows{stuck}"
 
 
 def print_table(console: Console, outcomes: Sequence[Outcome], unexpected: Sequence[str], seconds: float) -> None:

@@ -24,7 +24,7 @@ from tests.faults.sender import Sender
 from tests.faults.truth import Message, Truth
 from worker import local
 
-RATE: Final = 50.0
+RATE: Final = 30.0
 """Events a second, while they flow."""
 
 BEFORE: Final = 10
@@ -55,10 +55,13 @@ class Outcome:
 class Lane:
     """A cluster of its own in `folder`, and what happens to it; repeatable by its seed."""
 
-    def __init__(self, folder: Path, seed: str, *, rate: float = RATE, hosts: int = 2) -> None:
-        self._seed = seed
+    def __init__(
+        self, folder: Path, seed: str, *, rate: float = RATE, hosts: int = 2, present: int | None = None
+    ) -> None:
+        """Where `present` is given, so many users stay for ever; else they come and go."""
+        self.seed = seed
         self.cluster = Cluster(folder, hosts)
-        self.truth = Truth(seed)
+        self.truth = Truth(seed) if present is None else Truth(seed, present, churn=False)
         self.sender = Sender(self.truth, [host.url for host in self.cluster.hosts], SECRET, rate)
         self._messages: dict[str, Message] = {}
         self._connection: psycopg.Connection[Any] | None = None
@@ -79,7 +82,7 @@ class Lane:
     def run(self, numbers: Iterable[int], kinds: Sequence[Kind]) -> Iterator[Outcome]:
         """Inject a fault for each number, chosen by it among these kinds."""
         for number in numbers:
-            chance = random.Random(f"{self._seed}/{number}")
+            chance = random.Random(f"{self.seed}/{number}")
             (kind,) = chance.choices(kinds, [kind.weight for kind in kinds])
             # The first ones are one of each.
             yield self.inject(kinds[number] if number < len(kinds) else kind, number, chance)
@@ -214,6 +217,17 @@ class Lane:
         if any(CANARY in line for line in lines):
             found.append("metadata or a name stands in the output")
         return found
+
+
+def bad(outcome: Outcome) -> bool:
+    """Whether a promise was broken."""
+    return bool(outcome.lost or outcome.wrong or outcome.stuck)
+
+
+def told(outcome: Outcome) -> str:
+    """One line of what went wrong."""
+    stuck = f", {outcome.stuck}" if outcome.stuck else ""
+    return f"fault {outcome.number} ({outcome.kind}): {outcome.lost} lost, {outcome.wrong} wrong rows{stuck}"
 
 
 class Stuck(Exception):

@@ -47,27 +47,27 @@ class Truth:
     Every event is later than all before it, so what is true is what the last ones said.
     """
 
-    PRESENT: Final = 60
-    """Users to whom things happen; so few that each often has several events under way at once."""
-
-    def __init__(self, seed: str) -> None:
+    def __init__(self, seed: str, present: int = 60, *, churn: bool = True) -> None:
+        """`present` users are there at a time to whom things happen: where they are few, each has several events under
+        way at once. With `churn` they are deleted or not heard of any more, and others come."""
         self._random = random.Random(seed)
         self._numbers = itertools.count(1)
         self._users: dict[str, _User] = {}
+        self._most = present
+        self._happenings = {self._change: 46, self._sign_in: 30, self._lacking: 8, self._unusable: 2}
+        if churn:
+            self._happenings |= {self._delete: 8, self._leave: 6}
         self._present: list[_User] = []
         self.made = 0
 
     def next(self) -> Message:
         """Something happens to someone."""
         self.made += 1
-        if len(self._present) < self.PRESENT:
+        if len(self._present) < self._most:
             return self._create()
         place = self._random.randrange(len(self._present))
         user = self._present[place]
-        happens = self._random.choices(
-            (self._change, self._sign_in, self._delete, self._leave, self._lacking, self._unusable),
-            (46, 30, 8, 6, 8, 2),
-        )[0]
+        (happens,) = self._random.choices(list(self._happenings), list(self._happenings.values()))
         return happens(user)
 
     def probe(self) -> Message:
