@@ -201,7 +201,7 @@ def test_the_time_is_unknown_where_the_answer_does_not_tell_it(
 
 
 def test_an_answer_may_be_compressed(script: Script, api: ClerkApi) -> None:
-    script.answers = [Answer(body=gzip.compress(b'[{"id":"a"}]'), headers={"Content-Encoding": "gzip"})]
+    script.answers = [Answer(body=gzip.compress(b'[{"id":"a"}]', mtime=0), headers={"Content-Encoding": "gzip"})]
     assert api.users(order_by="-created_at").users == (b'{"id":"a"}',)
 
 
@@ -277,8 +277,8 @@ def test_any_bytes_are_an_array_or_refused(body: bytes) -> None:
         Answer(body=b"{}"),
         Answer(body=b""),
         Answer(body=b"not gzip", headers={"Content-Encoding": "gzip"}),
-        Answer(body=gzip.compress(b"[]")[:-12], headers={"Content-Encoding": "gzip"}),
-        Answer(body=gzip.compress(gzip.compress(b"[]")), headers={"Content-Encoding": "gzip, gzip"}),
+        Answer(body=gzip.compress(b"[]", mtime=0)[:-12], headers={"Content-Encoding": "gzip"}),
+        Answer(body=gzip.compress(gzip.compress(b"[]", mtime=0), mtime=0), headers={"Content-Encoding": "gzip, gzip"}),
         Answer(headers={"Content-Encoding": "br"}),
         Answer(body=b"[" * 100_000),
     ],
@@ -365,7 +365,7 @@ def test_an_answer_that_does_not_come_is_waited_for_with_a_limit(
         (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n[", b" "),
         (b"HTTP/1.1 200 OK\r\n\r\n[", b" "),
-        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(b"")[:10], b"\0\0\0\xff\xff"),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(b"", mtime=0)[:10], b"\0\0\0\xff\xff"),
     ],
     ids=["headers", "hints", "body", "body-without-length", "packed-nothing"],
 )
@@ -543,7 +543,7 @@ def test_an_answer_without_end_is_cut_off(
     monkeypatch.setattr(clerk_api, "LARGEST_ANSWER", 100_000)
     body = b"[" + b" " * 50_000_000 + b"]"
     script.answers = [
-        Answer(body=gzip.compress(body), headers={"Content-Encoding": "gzip"}) if packed else Answer(body=body)
+        Answer(body=gzip.compress(body, mtime=0), headers={"Content-Encoding": "gzip"}) if packed else Answer(body=body)
     ]
     tracemalloc.start()
     try:
