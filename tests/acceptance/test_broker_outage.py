@@ -97,6 +97,8 @@ def test_system_whose_redis_was_never_there_serves_and_stops(new_system: Callabl
         "configuration": True,
         "Postgres": True,
         "schema": True,
+        "privileges": True,
+        "writing": True,
         "broker": False,
         "reconcile": True,
     }
