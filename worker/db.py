@@ -32,6 +32,8 @@ _CONNECT: Final[dict[str, Any]] = {
 # Whoever is cut off in mid-transaction without Postgres hearing of it holds its locks for 10 s at most.
 # An acknowledgement means that the commit is on disk, whatever the database's own default says. Sent after the
 # connection is made, not as start-up options: connection poolers refuse those.
+# Ours names every schema. Were `public` in the path, an operator that somebody else made there for just our types would
+# run with our privileges.
 LIMITS = """
 select
   set_config('statement_timeout', %(statement_ms)s::text, false),
@@ -39,8 +41,12 @@ select
   set_config('idle_in_transaction_session_timeout', '10000', false),
   set_config('synchronous_commit',
     case current_setting('synchronous_commit') when 'off' then 'on' else current_setting('synchronous_commit') end,
-    false)
+    false),
+  set_config('search_path', '', false)
 """
+
+ANSWER_SECONDS: Final = 5.0
+"""How long a fresh connection's first answers may take: its Postgres may fall silent after it was made."""
 
 
 def connect(database_url: str, name: str, *, statement_ms: int = 30_000, lock_ms: int = 10_000) -> Connection:
@@ -50,7 +56,8 @@ def connect(database_url: str, name: str, *, statement_ms: int = 30_000, lock_ms
     """
     connection = psycopg.connect(database_url, autocommit=True, application_name=f"clerk-sync {name}", **_CONNECT)
     try:
-        connection.execute(LIMITS, {"statement_ms": statement_ms, "lock_ms": lock_ms})
+        with deadline(connection, ANSWER_SECONDS):
+            connection.execute(LIMITS, {"statement_ms": statement_ms, "lock_ms": lock_ms})
     except BaseException:
         connection.close()
         raise

@@ -13,7 +13,8 @@ from typing import Final, NamedTuple
 
 from psycopg.rows import class_row
 
-from worker.db import Connection, schema_problem, schema_version
+from worker import db
+from worker.db import Connection, deadline, schema_problem, schema_version
 
 Privileges = Mapping[str, tuple[str, ...]]
 """Privileges on one object, each with the columns that it is for: none are all of them."""
@@ -241,13 +242,14 @@ READ_ONLY: Final = (
 
 def look(connection: Connection, role: Role) -> dict[str, str | None]:
     """What has to hold before a role's work can begin over this connection (SCHEMA, PRIVILEGES, WRITING): each None, or
-    what is wrong and what to do."""
-    asked = ask(connection, role)
-    readable = not {"usage on schema clerk", "select on clerk.schema_version"} & set(asked.lacking)
-    if asked.migrated and not readable:
-        schema: str | None = HIDDEN
-    else:
-        schema = schema_problem(schema_version(connection) if asked.migrated else None)
+    what is wrong and what to do. Raises psycopg.Error, also where Postgres falls silent."""
+    with deadline(connection, db.ANSWER_SECONDS):
+        asked = ask(connection, role)
+        readable = not {"usage on schema clerk", "select on clerk.schema_version"} & set(asked.lacking)
+        if asked.migrated and not readable:
+            schema: str | None = HIDDEN
+        else:
+            schema = schema_problem(schema_version(connection) if asked.migrated else None)
     privileges = _privileges_problem(role, asked.lacking) if asked.migrated and asked.lacking else None
     writing = STANDBY if asked.standby else READ_ONLY if asked.read_only else None
     return {SCHEMA: schema, PRIVILEGES: privileges, WRITING: writing}

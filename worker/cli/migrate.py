@@ -33,7 +33,8 @@ def migrate(*, info: Path | None, sql: bool, only_roles: bool) -> None:
     and grants each what it needs. Where it may not, an administrator runs, after this, what --roles prints.
     """
     if only_roles:
-        click.echo(roles.grants().strip())
+        # Whoever runs it may do everything: nothing that others left in `public` is to be found by it.
+        click.echo("set search_path = '';\n" + roles.grants().strip())
         return
     if sql:
         schema.print_sql(sys.stdout)

@@ -1,0 +1,88 @@
+"""Nobody waits for one user's events, for one connection's silence, or runs code that another database user left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from tests.events import changed, incoming
+from tests.faults.proxy import Proxy
+from tests.pulling import command
+from worker import db, inbox, local, roles, sync
+from worker.db import Connection
+from worker.policy import Policy
+
+WEEK = timedelta(days=7)
+
+
+def states(connection: Connection) -> dict[str, str]:
+    return dict(connection.execute("select user_id, state from clerk.webhook_events").fetchall())
+
+
+@pytest.fixture
+def proxy(database_url: str) -> Iterator[Proxy]:
+    parts = urlsplit(database_url)
+    with Proxy("127.0.0.1", local.free_port(), str(parts.hostname), parts.port or 5432) as made:
+        yield made
+
+
+def through(proxy: Proxy, database_url: str) -> str:
+    parts = conninfo_to_dict(database_url)
+    return f"postgresql://{parts['user']}:{parts.get('password', '')}@127.0.0.1:{proxy.port}/{parts['dbname']}"
+
+
+def test_a_connection_that_falls_silent_before_its_first_answer_is_given_up(
+    proxy: Proxy, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = psycopg.connect(through(proxy, database_url), autocommit=True)
+    monkeypatch.setattr(psycopg, "connect", lambda *_, **__: made)
+    monkeypatch.setattr(db, "ANSWER_SECONDS", 0.2, raising=False)
+    with proxy.mute(), db.deadline(made, 3):
+        started = time.monotonic()
+        with pytest.raises(psycopg.OperationalError):
+            db.connect(database_url, "test")
+        assert time.monotonic() - started < 2
+
+
+def test_a_connection_that_falls_silent_when_it_is_looked_at_is_given_up(
+    proxy: Proxy, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "ANSWER_SECONDS", 0.2, raising=False)
+    with db.connect(through(proxy, database_url), "test") as made, proxy.mute(), db.deadline(made, 3):
+        started = time.monotonic()
+        with pytest.raises(psycopg.OperationalError):
+            roles.problems(made, roles.WORKER)
+        assert time.monotonic() - started < 2
+
+
+STRANGERS_OPERATOR = """
+create function public.steal(text[], text[]) returns boolean language plpgsql as
+  $$ begin raise exception 'ran as %', current_user; end $$;
+create operator public.<> (function = public.steal, leftarg = text[], rightarg = text[])
+"""
+
+
+def test_an_operator_that_another_database_user_made_is_not_run_by_the_worker(
+    connection: Connection, database_url: str
+) -> None:
+    connection.execute("create role login_stranger_2; grant create on schema public to login_stranger_2")
+    try:
+        with psycopg.connect(database_url, autocommit=True) as stranger:
+            stranger.execute("set role login_stranger_2")
+            stranger.execute(STRANGERS_OPERATOR)
+        inbox.record(connection, [incoming(changed("user_a"))])
+        with db.connect(database_url, "worker") as worker:
+            sync.drain(worker, Policy())
+        assert states(connection) == {"user_a": "done"}
+    finally:
+        connection.execute("drop owned by login_stranger_2; drop role login_stranger_2")
+
+
+def test_the_sql_for_an_administrator_looks_nothing_up_in_others_schemas(connection: Connection) -> None:
+    assert command("migrate", "--roles", env={"DATABASE_URL": None}).output.startswith("set search_path = '';")
