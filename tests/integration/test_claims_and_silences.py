@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+import migrations
 from tests.events import changed, incoming
 from tests.faults.proxy import Proxy
 from tests.pulling import command
@@ -86,3 +88,17 @@ def test_an_operator_that_another_database_user_made_is_not_run_by_the_worker(
 
 def test_the_sql_for_an_administrator_looks_nothing_up_in_others_schemas(connection: Connection) -> None:
     assert command("migrate", "--roles", env={"DATABASE_URL": None}).output.startswith("set search_path = '';")
+
+
+def test_a_step_that_changes_the_inbox_locks_it_before_it_waits_for_its_workers(
+    connect: Callable[[], Connection],
+) -> None:
+    worker, migrator = connect(), connect()
+    inbox.record(worker, [incoming(changed("user_a"))])
+    statements = (Path(migrations.__file__).parent / "versions" / "0006_pruning.sql").read_text("utf-8")
+    with worker.transaction(force_rollback=True):
+        assert len(inbox.claim(worker, 1)) == 1
+        with migrator.transaction(force_rollback=True):
+            migrator.execute("set local lock_timeout = '50ms'")
+            with pytest.raises(psycopg.errors.LockNotAvailable):
+                migrator.execute(statements.split(";")[0].encode())
