@@ -7,6 +7,7 @@ callbacks, times and limits are ours. What is no wake-up is dropped; nothing is 
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import uuid
@@ -17,7 +18,7 @@ from typing import Any, Final
 from celery import signals
 from celery.worker.consumer import Consumer
 from kombu import Connection as BrokerConnection
-from kombu.transport import get_transport_cls, redis, virtual
+from kombu.transport import redis, virtual
 
 from worker.errors import BrokerDown
 from worker.tasks import DRAIN, RECONCILE, RETIRED
@@ -85,11 +86,9 @@ class Listener(Consumer):
 
     def connection_for_read(self, heartbeat: float | None = None) -> BrokerConnection:
         """A connection that lets only wake-ups through."""
-        connection = self.app.connection_for_read(heartbeat=heartbeat)
-        transport = get_transport_cls(connection.transport_cls)
-        if isinstance(transport, type) and issubclass(transport, redis.Transport):
-            connection.transport_cls = _only_wake_ups(transport, self.app.conf.task_default_queue)
-        ensured: BrokerConnection = self.ensure_connected(connection)
+        # A connection of our class from the start: one that fails over to another broker sets its transport anew.
+        self.app.amqp.Connection = _hearing(self.app.conf.task_default_queue)
+        ensured: BrokerConnection = self.ensure_connected(self.app.connection_for_read(heartbeat=heartbeat))
         return ensured
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
@@ -108,6 +107,18 @@ class Listener(Consumer):
 def _nameless(exc: Exception) -> BrokerDown:
     """What Celery may log of an error: its text may quote what it choked on."""
     return BrokerDown(type(exc).__name__)
+
+
+@functools.cache
+def _hearing(queue: str) -> type[BrokerConnection]:
+    """Connections that let only wake-ups through, whichever of several brokers they fail over to."""
+
+    class Hearing(BrokerConnection):
+        def get_transport_cls(self) -> Any:
+            transport = super().get_transport_cls()
+            return _only_wake_ups(transport, queue) if issubclass(transport, redis.Transport) else transport
+
+    return Hearing
 
 
 def _only_wake_ups(transport: type[redis.Transport], queue: str) -> type[redis.Transport]:

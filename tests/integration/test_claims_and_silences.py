@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
@@ -17,7 +18,9 @@ from tests.events import changed, incoming
 from tests.faults.proxy import Proxy
 from tests.pulling import command
 from worker import db, inbox, local, roles, sync
+from worker.app import create_celery
 from worker.db import Connection
+from worker.listener import Listener, NotOurs
 from worker.policy import Policy
 
 WEEK = timedelta(days=7)
@@ -102,3 +105,15 @@ def test_a_step_that_changes_the_inbox_locks_it_before_it_waits_for_its_workers(
             migrator.execute("set local lock_timeout = '50ms'")
             with pytest.raises(psycopg.errors.LockNotAvailable):
                 migrator.execute(statements.split(";")[0].encode())
+
+
+def test_a_broker_that_is_failed_over_to_lets_only_wake_ups_through_too(redis_url: str) -> None:
+    app = create_celery(f"redis://127.0.0.1:{local.free_port()}/0;{redis_url}")
+    listener: Any = Listener.__new__(Listener)
+    listener.app = app
+    # What Celery's own connecting looks at.
+    listener.hub, listener.initial_connection = None, True
+    with listener.connection_for_read() as connection:
+        channel: Any = connection.channel()
+        with pytest.raises(NotOurs):
+            channel.Message({"body": "", "headers": {"task": "evil"}, "properties": {}}, channel=channel)
