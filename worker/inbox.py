@@ -103,7 +103,7 @@ with claimed as materialized (
   from clerk.webhook_events
   where state = 'pending'
   order by received_at
-  limit %(most)s
+  limit %(most)s offset %(behind)s
   for update skip locked
 )
 select svix_id, body
@@ -114,10 +114,11 @@ where before < %(bytes)s
 CLAIM_BYTES: Final = 4 * 1024 * 1024
 
 
-def claim(connection: Connection, most: int) -> list[Claimed]:
-    """Lock up to `most` pending events, oldest first, until the transaction ends."""
+def claim(connection: Connection, most: int, behind: int = 0) -> list[Claimed]:
+    """Lock up to `most` pending events, oldest first but for those `behind` which others are to come, until the
+    transaction ends."""
     with connection.cursor(row_factory=class_row(Claimed)) as cursor:
-        return cursor.execute(CLAIM, {"most": most, "bytes": CLAIM_BYTES}, binary=True).fetchall()
+        return cursor.execute(CLAIM, {"most": most, "behind": behind, "bytes": CLAIM_BYTES}, binary=True).fetchall()
 
 
 # How long the events took from Svix's signature until now, which is when they become visible.

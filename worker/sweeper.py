@@ -60,6 +60,7 @@ class Drainer:
         self._keep = keep
         self._prune_due = 0.0
         self._first = BATCH
+        self._behind = 0
         self._connection: Connection | None = None
         self._parents: Connection | None = None
         self._complained = -COMPLAIN_SECONDS
@@ -92,27 +93,47 @@ class Drainer:
         return True
 
     def _drain(self, cause: str) -> bool:
+        first, done = 0, 0
+
+        def observe(batch: Batch) -> None:
+            nonlocal done
+            done += 1
+            self._observe(batch, cause)
+
         try:
             connection = self._connected()
             # After a failure one event at a time, then more and more: a few that take very long together, as whoever
             # writes the metadata may bring about, would fail together for ever.
             first, self._first = self._first, 1
-            drain(connection, self._policy, batch=first, observe=lambda batch: self._observe(batch, cause))
-            self._first = BATCH
+            drain(connection, self._policy, batch=first, behind=self._behind, observe=observe)
+            if self._behind:
+                # Everybody else's are done: once more those that were left out.
+                self._behind = 0
+                self._wanted.set()
+            else:
+                self._first = BATCH
         except NotReady as error:
             self._complain(logging.ERROR, "the database isn't ready; what is pending stays so", reason=str(error))
             return False
         except psycopg.OperationalError as error:
+            self._pass_over(alone=first == 1 and not done)
             self._disconnect()
             self._complain(
                 logging.WARNING, "Postgres is not to be had; what is pending stays so", error=describe(error)
             )
             return False
         except psycopg.Error as error:
+            self._pass_over(alone=first == 1 and not done)
             self._disconnect()
             # Without the original: its text can quote data.
             raise SyncError(f"draining failed: {describe(error)}") from None
         return True
+
+    def _pass_over(self, *, alone: bool) -> None:
+        """Let others go before an event that failed `alone` over a connection that is whole: its user's row may be
+        locked for long, and nobody else's events are to wait for that."""
+        if alone and self._connection is not None and not self._connection.closed:
+            self._behind += 1
 
     def _complain(self, level: int, event: str, **fields: str) -> None:
         """Log why nothing is drained, the same not each time: every wake-up tries it again."""

@@ -49,16 +49,22 @@ class Batch:
 
 
 def drain(
-    connection: Connection, policy: Policy, *, batch: int = BATCH, observe: Callable[[Batch], None] = lambda _: None
+    connection: Connection,
+    policy: Policy,
+    *,
+    batch: int = BATCH,
+    behind: int = 0,
+    observe: Callable[[Batch], None] = lambda _: None,
 ) -> int:
     """Apply everything that is pending, until a claim finds nothing; returns the number of events claimed.
 
     The first batch is of at most `batch` events, and each one that is done allows twice as many, up to BATCH.
+    The `behind` oldest ones are left out.
     `observe` is called with each batch after its commit. Raises psycopg.Error where Postgres can't do it now: nothing
     is lost, and the caller tries again later.
     """
     total = 0
-    while (done := drain_batch(connection, policy, batch)).claimed:
+    while (done := drain_batch(connection, policy, batch, behind)).claimed:
         total += done.claimed
         batch = min(batch * 2, max(batch, BATCH))
         users.warn(done.crossings, policy.budget)
@@ -66,13 +72,13 @@ def drain(
     return total
 
 
-def drain_batch(connection: Connection, policy: Policy, batch: int = BATCH) -> Batch:
+def drain_batch(connection: Connection, policy: Policy, batch: int = BATCH, behind: int = 0) -> Batch:
     """Claim, decide, pass the gate and mark done, in one transaction."""
     started = time.perf_counter()
     result = Batch()
     with deadline(connection, BATCH_SECONDS), connection.transaction():
         with deadline(connection, CLAIM_SECONDS):
-            rows = inbox.claim(connection, batch)
+            rows = inbox.claim(connection, batch, behind)
         result.claimed = len(rows)
         if not rows:
             return result

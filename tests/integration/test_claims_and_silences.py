@@ -22,12 +22,33 @@ from worker.app import create_celery
 from worker.db import Connection
 from worker.listener import Listener, NotOurs
 from worker.policy import Policy
+from worker.sweeper import Drainer
 
 WEEK = timedelta(days=7)
 
 
 def states(connection: Connection) -> dict[str, str]:
     return dict(connection.execute("select user_id, state from clerk.webhook_events").fetchall())
+
+
+def test_a_users_row_that_is_locked_holds_up_nobody_elses_events(
+    connect: Callable[[], Connection], database_url: str
+) -> None:
+    one, other = connect(), connect()
+    inbox.record(one, [incoming(changed("user_a", 1))])
+    sync.drain(one, Policy())
+    for number, user in enumerate(("user_a", "user_b", "user_c", "user_d")):
+        inbox.record(one, [incoming(changed(user, 10 + number))])
+    one.execute("delete from clerk.webhook_events where state = 'done'")
+    drainer = Drainer(lambda: db.connect(database_url, "worker", lock_ms=50), Policy(), WEEK)
+    with other.transaction():
+        other.execute("select from clerk.users where user_id = 'user_a' for update")
+        rung = [drainer.ring("sweep") for _ in range(4)]
+        assert states(one) == {"user_a": "pending", "user_b": "done", "user_c": "done", "user_d": "done"}
+        assert not any(rung), "what is left is to be tried again soon"
+    assert drainer.ring("sweep")
+    assert states(one)["user_a"] == "done"
+    drainer.close()
 
 
 @pytest.fixture
