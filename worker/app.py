@@ -15,6 +15,7 @@ from kombu.exceptions import ChannelError
 
 from worker import db, log, metrics, tasks
 from worker.errors import BrokerDown
+from worker.housekeeper import Housekeeper
 from worker.reconciler import Reconciler
 from worker.settings import Settings
 from worker.sweeper import Drainer, Sweeper, Watch
@@ -82,9 +83,11 @@ def create_worker(settings: Settings) -> Celery:
     drainer = Drainer(
         lambda: db.connect(settings.database_url, "worker", statement_ms=STATEMENT_MS, lock_ms=LOCK_MS),
         settings.policy,
-        timedelta(days=settings.event_retention_days),
     )
     sweeper = Sweeper(drainer)
+    housekeeper = Housekeeper(
+        lambda: db.connect(settings.database_url, "housekeeper"), timedelta(days=settings.event_retention_days)
+    )
     watch = Watch(lambda: waiting(app), drainer.busy)
     reconciler = None if off else Reconciler(settings)
     tasks.register(
@@ -99,6 +102,7 @@ def create_worker(settings: Settings) -> Celery:
 
     def start(**_: Any) -> None:
         sweeper.start()
+        housekeeper.start()
         watch.start()
         if reconciler:
             reconciler.start()
@@ -107,6 +111,7 @@ def create_worker(settings: Settings) -> Celery:
 
     def stop(**_: Any) -> None:
         sweeper.stop()
+        housekeeper.stop()
         watch.stop()
         if reconciler:
             reconciler.stop()

@@ -213,14 +213,14 @@ PRUNE_LIMIT = "select set_config('statement_timeout', %(ms)s::text, true)"
 
 PRUNE_STEP: Final = 10_000
 PRUNE_MS: Final = 2_000
-"""A step takes some 50 ms. One that takes this long is given up, for sweeps are not to wait for it."""
+"""A step takes some 50 ms. One that takes this long is given up, and a smaller one tried."""
 
 
-def prune(connection: Connection, keep: timedelta) -> int:
-    """Delete events that were done longer ago than `keep`, PRUNE_STEP of them at most; returns how many."""
+def prune(connection: Connection, keep: timedelta, most: int = PRUNE_STEP) -> int:
+    """Delete events that were done longer ago than `keep`, so many of them at most; returns how many."""
     with connection.transaction():
         connection.execute(PRUNE_LIMIT, {"ms": PRUNE_MS})
-        return connection.execute(PRUNE, {"keep": keep, "most": PRUNE_STEP}).rowcount
+        return connection.execute(PRUNE, {"keep": keep, "most": most}).rowcount
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,20 +7,18 @@ Celery's own connection to it hangs.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Final
 
 import psycopg
 
-from worker import inbox, metrics, roles
-from worker.db import Connection, deadline, describe
+from worker import metrics, roles
+from worker.db import Connection, describe
 from worker.errors import SyncError
 from worker.policy import Policy
 from worker.sync import BATCH, Batch, drain
@@ -34,11 +32,6 @@ BACKOFF_SECONDS: Final = (0.5, 4.0)
 COMPLAIN_SECONDS: Final = 30.0
 """How often the log tells of the same reason for not draining: it is looked for every few seconds."""
 
-PRUNE_SECONDS: Final = 600.0
-"""How often a worker looks for applied events that are past their time; until none are left, with each housekeeping."""
-
-HOUSE_SECONDS: Final = 10.0
-
 WATCH_SECONDS: Final = 5.0
 DEAF_SECONDS: Final = 20.0
 """How long a wake-up may wait in the broker while this worker is idle, before it counts as deaf and is replaced."""
@@ -49,16 +42,11 @@ class NotReady(SyncError):
 
 
 class Drainer:
-    """Drains the inbox over one connection; at most one drain runs in a process at any time.
+    """Drains the inbox over one connection; at most one drain runs in a process at any time."""
 
-    Applied events are kept for `keep`.
-    """
-
-    def __init__(self, connect: Callable[[], Connection], policy: Policy, keep: timedelta) -> None:
+    def __init__(self, connect: Callable[[], Connection], policy: Policy) -> None:
         self._connect = connect
         self._policy = policy
-        self._keep = keep
-        self._prune_due = 0.0
         self._first = BATCH
         self._behind = 0
         self._connection: Connection | None = None
@@ -137,7 +125,7 @@ class Drainer:
 
     def _complain(self, level: int, event: str, **fields: str) -> None:
         """Log why nothing is drained, the same not each time: every wake-up tries it again."""
-        complaint = event + fields.get("reason", "")
+        complaint = event + fields.get("reason", "") + fields.get("error", "").partition(":")[0]
         if complaint != self._complaint or time.monotonic() - self._complained >= COMPLAIN_SECONDS:
             self._complained, self._complaint = time.monotonic(), complaint
             log.log(level, event, extra=fields)
@@ -162,18 +150,6 @@ class Drainer:
     def busy(self) -> bool:
         """Whether a drain is running."""
         return self._running.locked()
-
-    def keep_house(self) -> None:
-        """Erase what dead events of deleted users still carry, and delete a step of the applied events that are past
-        their time. Raises psycopg.Error."""
-        # Over a connection of its own: under a steady load a drain goes on and on.
-        with self._connect() as connection, deadline(connection, HOUSE_SECONDS):
-            inbox.forget_deleted(connection)
-            now = time.monotonic()
-            if now >= self._prune_due:
-                self._prune_due = now + PRUNE_SECONDS
-                if inbox.prune(connection, self._keep) == inbox.PRUNE_STEP:
-                    self._prune_due = now
 
     def close(self) -> None:
         """Close the connection, once the drain in progress has ended."""
@@ -221,27 +197,20 @@ class Sweeper(threading.Thread):
         """Sweep until stopped. An error nobody thought of ends the process, not silently this thread."""
         try:
             wait = SWEEP_SECONDS
-            for sweep in itertools.count():
-                wait = self._wait_after(wait, swept=self._sweep(house=sweep % 5 == 0))
-                if self._stopped.wait(wait):
-                    break
+            while not self._stopped.is_set():
+                wait = self._wait_after(wait, swept=self._sweep())
+                self._stopped.wait(wait)
         except Exception:
             log.critical("the sweeper failed; ending this worker so that it is replaced", exc_info=True)
             self._replace()
         self._drainer.close()
 
-    def _sweep(self, *, house: bool) -> bool:
+    def _sweep(self) -> bool:
         try:
-            swept = self._drainer.ring("sweep")
-            if swept and house:
-                self._drainer.keep_house()
+            return self._drainer.ring("sweep")
         except SyncError as error:
             log.error(str(error))  # noqa: TRY400 - the reason is in the sentence; a traceback could quote data
             return False
-        except psycopg.Error as error:
-            log.warning("housekeeping failed", extra={"error": describe(error)})
-            return False
-        return swept
 
     @staticmethod
     def _wait_after(wait: float, *, swept: bool) -> float:

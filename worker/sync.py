@@ -59,12 +59,13 @@ def drain(
     """Apply everything that is pending, until a claim finds nothing; returns the number of events claimed.
 
     The first batch is of at most `batch` events, and each one that is done allows twice as many, up to BATCH.
-    The `behind` oldest ones are left out.
+    The `behind` oldest ones are left out, and are to have their turn again after BATCH_SECONDS.
     `observe` is called with each batch after its commit. Raises psycopg.Error where Postgres can't do it now: nothing
     is lost, and the caller tries again later.
     """
     total = 0
-    while (done := drain_batch(connection, policy, batch, behind)).claimed:
+    until = time.monotonic() + BATCH_SECONDS if behind else float("inf")
+    while time.monotonic() < until and (done := drain_batch(connection, policy, batch, behind)).claimed:
         total += done.claimed
         batch = min(batch * 2, max(batch, BATCH))
         users.warn(done.crossings, policy.budget)
@@ -77,7 +78,8 @@ def drain_batch(connection: Connection, policy: Policy, batch: int = BATCH, behi
     started = time.perf_counter()
     result = Batch()
     with deadline(connection, BATCH_SECONDS), connection.transaction():
-        with deadline(connection, CLAIM_SECONDS):
+        # After a failure a claim has more time: where much of the inbox's index is dead, it may need that.
+        with deadline(connection, CLAIM_SECONDS if batch >= BATCH else BATCH_SECONDS):
             rows = inbox.claim(connection, batch, behind)
         result.claimed = len(rows)
         if not rows:
@@ -144,7 +146,7 @@ def _fault(error: Exception) -> str | None:
     """
     if isinstance(error, ROWS_FAULT):
         return f"Postgres refuses it: {describe(error)}"
-    if isinstance(error, psycopg.Error):
+    if isinstance(error, psycopg.Error | MemoryError):
         return None
     log.error("an event can't be applied for an error that nobody thought of", exc_info=error)
     return f"clerk-sync fails on it: {type(error).__name__}"

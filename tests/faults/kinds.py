@@ -82,17 +82,17 @@ def fault(name: str, *, weight: float = 1.0, broker: bool = False) -> Callable[[
 # Processes
 
 
-@fault("receiver killed")
+@fault("receiver killed", weight=0.5)
 def receiver_killed(scene: Scene) -> None:
     scene.host().kill_part("web")
 
 
-@fault("receiver: a child killed", weight=1.5)
+@fault("receiver: a child killed", weight=1)
 def receiver_child_killed(scene: Scene) -> None:
     kill_some(scene, children(scene.host().system.pids["web"]))
 
 
-@fault("receiver killed between commit and answer")
+@fault("receiver killed between commit and answer", weight=0.5)
 def receiver_killed_unanswered(scene: Scene) -> None:
     host = scene.host()
     host.database.lose_replies()
@@ -114,7 +114,7 @@ def receiver_child_hung(scene: Scene) -> None:
         scene.hold(0.3, 2)
 
 
-@fault("worker killed", weight=1.5)
+@fault("worker killed", weight=0.6)
 def worker_killed(scene: Scene) -> None:
     for host in scene.some_hosts():
         host.kill_part("worker")
@@ -127,7 +127,7 @@ where datname = current_database() and application_name = 'clerk-sync worker' an
 """
 
 
-@fault("workers killed in mid-batch")
+@fault("workers killed in mid-batch", weight=0.4)
 def workers_killed_in_mid_batch(scene: Scene) -> None:
     with scene.cluster.connect() as holder, scene.cluster.connect() as watcher, holder.transaction():
         holder.execute(HOLD_SOME)
@@ -136,7 +136,7 @@ def workers_killed_in_mid_batch(scene: Scene) -> None:
             host.kill_part("worker")
 
 
-@fault("worker killed between commit and knowing of it")
+@fault("worker killed between commit and knowing of it", weight=0.5)
 def worker_killed_unknowing(scene: Scene) -> None:
     host = scene.host()
     host.database.lose_replies()
@@ -153,12 +153,12 @@ def worker_hung(scene: Scene) -> None:
         scene.hold(0.3, 3)
 
 
-@fault("beat killed", weight=0.7)
+@fault("beat killed", weight=0.6)
 def beat_killed(scene: Scene) -> None:
     scene.host().kill_part("beat")
 
 
-@fault("host killed: all its processes at once", weight=0.3)
+@fault("host killed: all its processes at once", weight=0.15)
 def host_killed(scene: Scene) -> None:
     host = scene.host()
     host.kill()
@@ -166,14 +166,14 @@ def host_killed(scene: Scene) -> None:
     host.start()
 
 
-@fault("host stopped and started, as a deployment does", weight=0.2)
+@fault("host stopped and started, as a deployment does", weight=0.12)
 def host_restarted(scene: Scene) -> None:
     host = scene.host()
     host.stop()
     host.start()
 
 
-@fault("everything killed at once, servers too", weight=0.3)
+@fault("everything killed at once, servers too", weight=0.15)
 def everything_killed(scene: Scene) -> None:
     cluster = scene.cluster
     for host in cluster.hosts:
@@ -218,18 +218,18 @@ def redis_killed(scene: Scene) -> None:
     down_for_a_while(scene, scene.cluster.redis)
 
 
-@fault("Redis wiped", weight=1.5, broker=True)
+@fault("Redis wiped", weight=3, broker=True)
 def redis_wiped(scene: Scene) -> None:
     with scene.cluster.broker() as broker:
         broker.flushall()
 
 
-@fault("Redis evicts", broker=True)
+@fault("Redis evicts", weight=1.5, broker=True)
 def redis_evicts(scene: Scene) -> None:
     with_memory(scene, "allkeys-random")
 
 
-@fault("Redis full", broker=True)
+@fault("Redis full", weight=1.5, broker=True)
 def redis_full(scene: Scene) -> None:
     with_memory(scene, "noeviction")
 
@@ -250,7 +250,7 @@ def redis_hung(scene: Scene) -> None:
         scene.hold(0.3, 4)
 
 
-@fault("Redis: connections cut", weight=1.5, broker=True)
+@fault("Redis: connections cut", weight=3, broker=True)
 def redis_cut(scene: Scene) -> None:
     for _ in range(scene.random.randint(1, 4)):
         for host in scene.some_hosts():
@@ -303,7 +303,7 @@ class Forged:
         return os.system, (f"touch {self._path}",)
 
 
-@fault("Redis: forged messages", broker=True)
+@fault("Redis: forged messages", weight=2, broker=True)
 def redis_forged(scene: Scene) -> None:
     trace = scene.cluster.folder / "forged"
     forged: list[bytes] = [
@@ -351,7 +351,7 @@ def postgres_backend_killed(scene: Scene) -> None:
 TERMINATE = f"select pg_terminate_backend(pid) from ({BACKENDS}) as ours"  # noqa: S608 - two constants
 
 
-@fault("Postgres ends our sessions", weight=1.5)
+@fault("Postgres ends our sessions", weight=3)
 def postgres_terminates(scene: Scene) -> None:
     with scene.cluster.connect(superuser=True) as connection:
         for _ in range(scene.random.randint(1, 5)):
@@ -365,7 +365,7 @@ def postgres_hung(scene: Scene) -> None:
         scene.hold(0.3, 3)
 
 
-@fault("Postgres: connections cut", weight=1.5)
+@fault("Postgres: connections cut", weight=3)
 def postgres_cut(scene: Scene) -> None:
     for _ in range(scene.random.randint(1, 5)):
         for host in scene.some_hosts():
@@ -383,13 +383,13 @@ def postgres_refuses(scene: Scene) -> None:
         host.database.heal()
 
 
-@fault("Postgres half-open: old connections silent, new ones work", weight=0.7)
+@fault("Postgres half-open: old connections silent, new ones work", weight=0.4)
 def postgres_half_open(scene: Scene) -> None:
     for host in scene.some_hosts():
         host.database.half_open()
 
 
-@fault("Postgres mute: accepts, never answers")
+@fault("Postgres mute: accepts, never answers", weight=0.4)
 def postgres_mute(scene: Scene) -> None:
     hosts = scene.some_hosts()
     for host in hosts:
@@ -399,7 +399,7 @@ def postgres_mute(scene: Scene) -> None:
         host.database.heal()
 
 
-@fault("Postgres commits, and the answer is lost", weight=1.5)
+@fault("Postgres commits, and the answer is lost", weight=2)
 def postgres_replies_lost(scene: Scene) -> None:
     hosts = scene.some_hosts()
     for host in hosts:
@@ -438,12 +438,12 @@ def postgres_read_only(scene: Scene) -> None:
             connection.execute(TERMINATE)
 
 
-@fault("a long lock on clerk.users")
+@fault("a long lock on clerk.users", weight=1.5)
 def users_locked(scene: Scene) -> None:
     lock(scene, "clerk.users")
 
 
-@fault("a long lock on clerk.webhook_events", weight=0.7)
+@fault("a long lock on clerk.webhook_events", weight=1.5)
 def inbox_locked(scene: Scene) -> None:
     lock(scene, "clerk.webhook_events")
 
@@ -480,12 +480,12 @@ def half_requests(scene: Scene) -> None:
 # Several
 
 
-@fault("two faults at once", weight=4)
+@fault("two faults at once", weight=3)
 def two_at_once(scene: Scene) -> None:
     at_once(scene, 2)
 
 
-@fault("three faults at once", weight=2)
+@fault("three faults at once", weight=1.5)
 def three_at_once(scene: Scene) -> None:
     at_once(scene, 3)
 

@@ -40,7 +40,7 @@ def test_a_users_row_that_is_locked_holds_up_nobody_elses_events(
     for number, user in enumerate(("user_a", "user_b", "user_c", "user_d")):
         inbox.record(one, [incoming(changed(user, 10 + number))])
     one.execute("delete from clerk.webhook_events where state = 'done'")
-    drainer = Drainer(lambda: db.connect(database_url, "worker", lock_ms=50), Policy(), WEEK)
+    drainer = Drainer(lambda: db.connect(database_url, "worker", lock_ms=50), Policy())
     with other.transaction():
         other.execute("select from clerk.users where user_id = 'user_a' for update")
         rung = [drainer.ring("sweep") for _ in range(4)]

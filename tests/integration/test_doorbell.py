@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -119,7 +118,7 @@ def test_a_broker_that_is_full_is_away(broker: redis.Redis, redis_url: str) -> N
 
 @pytest.fixture
 def drainer(database_url: str) -> Iterator[Drainer]:
-    made = Drainer(lambda: db.connect(database_url, "worker"), Policy(), timedelta(days=7))
+    made = Drainer(lambda: db.connect(database_url, "worker"), Policy())
     yield made
     made.close()
 
@@ -172,7 +171,7 @@ def test_without_postgres_a_drain_says_so_and_the_next_one_works(
     connect: Callable[[], Connection], database_url: str
 ) -> None:
     urls = ["postgresql://nobody@127.0.0.1:1/none", database_url]
-    drainer = Drainer(lambda: db.connect(urls[0], "worker"), Policy(), timedelta(days=7))
+    drainer = Drainer(lambda: db.connect(urls[0], "worker"), Policy())
     connection = connect()
     inbox.record(connection, [incoming(changed())])
     assert not drainer.ring("sweep")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import psycopg
 import pytest
 
 from tests.events import changed, deleted, incoming
-from worker import db, inbox, sweeper, sync
+from worker import db, inbox, sync
 from worker.db import Connection
+from worker.housekeeper import Housekeeper
 from worker.policy import Policy
-from worker.sweeper import Drainer
 
 WEEK = timedelta(days=7)
 
@@ -43,10 +43,8 @@ def connection(connect: Callable[[], Connection]) -> Connection:
 
 
 @pytest.fixture
-def drainer(database_url: str) -> Iterator[Drainer]:
-    made = Drainer(lambda: db.connect(database_url, "worker"), Policy(), WEEK)
-    yield made
-    made.close()
+def housekeeper(database_url: str) -> Housekeeper:
+    return Housekeeper(lambda: db.connect(database_url, "housekeeper"), WEEK)
 
 
 def test_an_applied_event_is_pruned_after_its_time_and_others_are_not(connection: Connection) -> None:
@@ -106,27 +104,26 @@ def test_a_step_reads_what_it_deletes_and_not_the_table(connection: Connection) 
     assert "Rows Removed" not in plan
 
 
-def test_housekeeping_prunes_without_a_broker_and_seldom(
-    connection: Connection, drainer: Drainer, monkeypatch: pytest.MonkeyPatch
+def test_housekeeping_prunes_step_by_step_and_then_seldom(
+    connection: Connection, housekeeper: Housekeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "PRUNE_STEP", 2)
+    housekeeper._step = 2
     apply(connection, 5, 8)
     left = []
     for _ in range(3):
-        drainer.keep_house()
+        housekeeper.keep_house()
         left.append(len(kept(connection)))
     assert left == [3, 1, 0], "a step each time, until nothing is left"
     old = apply(connection, 1, 8)
-    drainer.keep_house()
+    housekeeper.keep_house()
     assert kept(connection) == set(old), "it looked a moment ago"
-    monkeypatch.setattr(sweeper, "PRUNE_SECONDS", 0.0)
-    drainer._prune_due = 0.0
-    drainer.keep_house()
+    housekeeper._prune_due = 0.0
+    housekeeper.keep_house()
     assert kept(connection) == set()
 
 
-def test_a_step_that_takes_too_long_is_given_up_and_holds_up_no_drain(
-    connect: Callable[[], Connection], drainer: Drainer, monkeypatch: pytest.MonkeyPatch
+def test_a_step_that_takes_too_long_is_given_up_and_a_smaller_one_tried(
+    connect: Callable[[], Connection], housekeeper: Housekeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox, "PRUNE_MS", 100)
     one, two = connect(), connect()
@@ -135,13 +132,13 @@ def test_a_step_that_takes_too_long_is_given_up_and_holds_up_no_drain(
     one.execute(slow)
     try:
         with pytest.raises(psycopg.errors.QueryCanceled):
-            drainer.keep_house()
+            housekeeper.keep_house()
     finally:
         one.execute("drop rule slow on clerk.webhook_events")
     assert kept(two) == set(old)
-    record(one, changed("user_next"))
-    assert drainer.ring("sweep")
-    assert two.execute("select count(*) from clerk.webhook_events where state = 'pending'").fetchone() == (0,)
+    assert housekeeper._step == inbox.PRUNE_STEP // 10, "fewer next time"
+    housekeeper.keep_house()
+    assert kept(two) == set()
 
 
 def test_a_dismissed_event_has_lost_its_body_and_says_why_it_was_dead(connection: Connection) -> None:

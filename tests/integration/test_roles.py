@@ -26,6 +26,7 @@ from tests.waiting import until
 from webhooks.health import SILENT, Health
 from worker import db, inbox, local, roles, runs, schema, sync, users
 from worker.db import Connection
+from worker.housekeeper import Housekeeper
 from worker.policy import Copy, Policy
 from worker.reconciler import Reconciler
 from worker.roles import NOBODYS, READER, RECEIVER, ROLES, WORKER
@@ -113,9 +114,9 @@ def test_the_workers_role_drains_gates_deletes_sets_aside_retries_and_prunes(
     *events, last = [incoming(body, f"msg_{number}") for number, body in enumerate(bodies)]
     # Found to be unusable by the worker, after all.
     inbox.record(connection, [*events, dataclasses.replace(last, body=b"not JSON")])
-    drainer = Drainer(lambda: db.connect(worker_url, "worker"), Policy(), timedelta(days=7))
+    drainer = Drainer(lambda: db.connect(worker_url, "worker"), Policy())
     assert drainer.ring("sweep")
-    drainer.keep_house()
+    Housekeeper(lambda: db.connect(worker_url, "housekeeper"), timedelta(days=7)).keep_house()
     drainer.close()
     with db.connect(worker_url, "worker") as worker:
         assert inbox.counts(worker) | {"oldest_pending_seconds": 0} == {
@@ -509,7 +510,7 @@ def test_a_worker_without_a_privilege_drains_nothing_and_says_so_once(
 ) -> None:
     inbox.record(connection, [incoming(changed())])
     taken("revoke update on clerk.webhook_events from clerk_worker")
-    drainer = Drainer(lambda: db.connect(worker_url, "worker"), Policy(), timedelta(days=7))
+    drainer = Drainer(lambda: db.connect(worker_url, "worker"), Policy())
     for _ in range(3):
         assert not drainer.ring("sweep")
     assert reasons(caplog) == [LACKS_UPDATE.format(role="clerk_worker")]

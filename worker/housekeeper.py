@@ -1,0 +1,71 @@
+"""Keeps the inbox tidy: erases what dead events of deleted users carry, and prunes applied ones past their time.
+
+A thread of its own, over a connection of its own: under a steady load a drain goes on and on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final
+
+import psycopg
+
+from worker import inbox
+from worker.db import Connection, deadline, describe
+
+log = logging.getLogger(__name__)
+
+HOUSE_SECONDS: Final = 10.0
+"""How often it looks, and how long one look may take."""
+
+PRUNE_SECONDS: Final = 60.0
+"""How often it prunes; until none are left, with each look."""
+
+
+class Housekeeper(threading.Thread):
+    """Looks every ten seconds; applied events are kept for `keep`. A failure is told, and tried again."""
+
+    def __init__(self, connect: Callable[[], Connection], keep: timedelta) -> None:
+        super().__init__(name="housekeeper", daemon=True)
+        self._connect = connect
+        self._keep = keep
+        self._prune_due = 0.0
+        self._step = inbox.PRUNE_STEP
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End, at the latest after the look in progress."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Keep house until stopped."""
+        while not self._stopped.wait(HOUSE_SECONDS):
+            try:
+                self.keep_house()
+            except psycopg.Error as error:
+                log.warning("housekeeping is put off", extra={"error": describe(error)})
+            except Exception:
+                log.critical("housekeeping failed", exc_info=True)
+
+    def keep_house(self) -> None:
+        """One look. Raises psycopg.Error."""
+        with self._connect() as connection, deadline(connection, HOUSE_SECONDS):
+            inbox.forget_deleted(connection)
+            now = time.monotonic()
+            if now >= self._prune_due:
+                self._prune(connection, now)
+
+    def _prune(self, connection: Connection, now: float) -> None:
+        try:
+            pruned = inbox.prune(connection, self._keep, self._step)
+        except psycopg.errors.QueryCanceled:
+            # Where ten thousand take too long, fewer are better than none.
+            self._step = max(1, self._step // 10)
+            raise
+        if pruned < self._step:
+            self._prune_due = now + PRUNE_SECONDS
+            self._step = inbox.PRUNE_STEP
