@@ -286,7 +286,7 @@ class Connection(asyncio.Protocol):
             self._refuse_rest(400)
         self._last = True
         self._go_on()
-        return True
+        return self._state != OVER  # there is nobody to linger for
 
     def pause_writing(self) -> None:
         """Wait for the client to take its answer."""
@@ -463,7 +463,8 @@ class Connection(asyncio.Protocol):
         if status == 413:
             metrics.DELIVERIES.labels("too_large").inc()
         self._transport.write(closing(refusal(status)))
-        self._transport.write_eof()
+        with contextlib.suppress(OSError):  # the client is gone since; the loop hears of it by itself
+            self._transport.write_eof()
         self._finish(self._limits.linger_seconds)
 
     def _finish(self, seconds: float | None = None) -> None:

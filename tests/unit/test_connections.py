@@ -272,3 +272,28 @@ def test_the_application_sees_the_request_and_not_who_sent_it(door: Callable[...
     assert (seen["PATH_INFO"], seen["QUERY_STRING"], seen["CONTENT_LENGTH"]) == ("/a b", "7", "3")
     assert (seen["HTTP_X_A"], seen["HTTP_SVIX_ID"], seen["HTTP_HOST"]) == ("1,2", "m", "here")
     assert not {"REMOTE_ADDR", "HTTP_TRANSFER_ENCODING", "HTTP_X_TRAILER"} & seen.keys()
+
+
+def here(_environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    start_response("200 OK", [("Content-Length", "0")])
+    return []
+
+
+def test_client_that_hangs_up_just_when_its_time_is_up_ends_nothing_but_itself() -> None:
+    async def serve() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            connections = Connections(here, 1, Limits(request_seconds=0))
+            connections.listen([listener])
+            client = socket.create_connection(listener.getsockname())
+            client.sendall(HALF)
+            while not connections._by_state["reading"]:
+                await asyncio.sleep(0)
+            # The loop doesn't know yet; the answer to it is a reset, and that at once.
+            client.close()
+            connections.sweep()
+            connections.stop()
+            while not connections.finished:
+                await asyncio.sleep(0)
+            connections.close()
+
+    asyncio.run(asyncio.wait_for(serve(), 10))
