@@ -34,6 +34,9 @@ LARGEST_BODY: Final = 1024 * 1024
 LARGEST_HEAD: Final = 32 * 1024
 """Of the request line and all headers together."""
 
+HELD_OF_HEAD: Final = 512 * 1024
+"""Of a head that hasn't ended, with the rest of the piece that it began in: the parser keeps a header until its end."""
+
 LARGEST_REQUEST: Final = 2 * LARGEST_BODY
 """With what frames its chunks."""
 
@@ -240,7 +243,7 @@ class Connection(asyncio.Protocol):
         self._limits = connections.limits
         self._state: str | None = None
         self._transport: asyncio.Transport
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._request: Request | None = None  # that is being read
         self._whole: deque[Request] = deque()  # that wait for the one before them
         self._refusal: int | None = None  # how to answer what follows
@@ -248,6 +251,7 @@ class Connection(asyncio.Protocol):
         self._unsent = False  # whether the client doesn't take its answer
         self._in_hand = False  # whether a thread answers
         self._held = 0
+        self._piece = 0  # the size of what was read last
         self._swallowed = 0
 
     # What asyncio calls
@@ -264,18 +268,21 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on."""
-        if self._state == OVER:
+        if self._state == OVER or self._parser is None:
             self._swallowed += len(data)
             if self._swallowed > SWALLOWED:
                 self.cut()
             return
         if self._hold(len(data)):
+            self._piece = len(data)
             try:
                 self._parser.feed_data(data)
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):
                 self._refuse_rest(400)
             if self._held > LARGEST_REQUEST:
                 self._refuse_rest(413)
+            if self._request and not self._request.method and not self._whole and self._held > HELD_OF_HEAD:
+                self._refuse_rest(431)
         self._go_on()
 
     def eof_received(self) -> bool:
@@ -323,7 +330,7 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """The body follows."""
-        if not self._request:
+        if not self._request or self._parser is None:
             return
         version = self._parser.get_http_version()
         if version not in {"1.0", "1.1"} or self._parser.should_upgrade():
@@ -396,7 +403,9 @@ class Connection(asyncio.Protocol):
             self._become(IDLE, self._limits.idle_seconds)
         else:
             if self._state != READING:
-                self._hold_only(REQUEST_COSTS + self._request.head_size + len(self._request.body))
+                # The parser may keep as much as was read last, of a header that hasn't ended.
+                known = REQUEST_COSTS + self._request.head_size + len(self._request.body)
+                self._hold_only(min(self._held, known + self._piece))
             self._become(READING, self._limits.request_seconds)
 
     def answered(self, request: Request, answer: bytes) -> None:
@@ -471,6 +480,8 @@ class Connection(asyncio.Protocol):
         self._become(OVER, seconds or self._limits.answer_seconds)
         self._whole.clear()
         self._request = None
+        # It keeps what it was reading, and they point at each other: only the garbage collector would end that.
+        self._parser = None
         if not self._in_hand:
             self._hold_only(0)
 

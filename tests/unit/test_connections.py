@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -43,6 +45,9 @@ class Door:
     def stop(self) -> None:
         self._stop.set()
 
+    def held(self) -> int:
+        return self.connections._held
+
     def join(self) -> None:
         for client in self._clients:
             client.close()
@@ -53,7 +58,7 @@ class Door:
         assert not self._thread.is_alive()
 
     async def _serve(self) -> None:
-        connections = Connections(self._answer, 2, self._limits)
+        connections = self.connections = Connections(self._answer, 2, self._limits)
         connections.listen([self._listener])
         self._listening.set()
         while not self._stop.is_set():
@@ -286,14 +291,51 @@ def test_client_that_hangs_up_just_when_its_time_is_up_ends_nothing_but_itself()
             connections.listen([listener])
             client = socket.create_connection(listener.getsockname())
             client.sendall(HALF)
-            while not connections._by_state["reading"]:
+            while not connections._by_state["reading"]:  # noqa: ASYNC110 - nothing tells
                 await asyncio.sleep(0)
             # The loop doesn't know yet; the answer to it is a reset, and that at once.
             client.close()
             connections.sweep()
             connections.stop()
-            while not connections.finished:
+            while not connections.finished:  # noqa: ASYNC110 - nothing tells
                 await asyncio.sleep(0)
             connections.close()
 
     asyncio.run(asyncio.wait_for(serve(), 10))
+
+
+def test_header_without_an_end_is_counted_and_refused_early(door: Callable[..., Door]) -> None:
+    opened = door()
+    endless = b"GET / HTTP/1.1\r\nX-A: "
+    client = opened.connect(endless)
+    until(lambda: opened.held() > 0)
+    client.sendall(b"b" * 300_000)
+    until(lambda: opened.held() > 300_000)
+    with contextlib.suppress(ConnectionError):
+        client.sendall(b"b" * 300_000)
+    assert rest(client).startswith(b"HTTP/1.1 431 ")
+
+
+def test_what_the_parser_keeps_behind_a_whole_request_is_counted(door: Callable[..., Door]) -> None:
+    opened = door()
+    client = opened.connect(WHOLE + b"GET / HTTP/1.1\r\nX-A: " + b"b" * 30_000)
+    assert client.recv(65536).endswith(b"abc")
+    until(lambda: opened.connections._by_state["reading"])
+    assert opened.held() > 30_000
+    client.sendall(b"\r\n\r\n")
+    assert status(client) == 200
+    until(lambda: opened.held() == 0)
+
+
+def test_connection_that_is_over_keeps_nothing_of_what_it_read(door: Callable[..., Door]) -> None:
+    opened = door()
+    gc.disable()
+    try:
+        client = opened.connect(b"GET / HTTP/1.1\r\nX-A: " + b"b" * 30_000)
+        until(lambda: opened.held() > 30_000)
+        parsers = [one for one in gc.get_objects() if type(one).__name__ == "Connection" and one._held > 30_000]
+        kept = weakref.ref(parsers.pop())
+        client.close()
+        until(lambda: kept() is None)
+    finally:
+        gc.enable()
