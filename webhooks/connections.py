@@ -83,6 +83,8 @@ class Limits:
     connections: int = 4000
     waiting: int = 1000
     """Whole requests at a time; more would wait for a thread longer than is any use."""
+    waiting_seconds: float = 10.0
+    """For a thread. Svix hangs up after 15 s, of which Postgres may take 4."""
     held_bytes: int = 64 * 1024 * 1024
     """Of all requests that are being read or answered."""
 
@@ -190,12 +192,16 @@ class Connections:
         if self._answering[delivery] >= self.limits.waiting:
             return False
         self._answering[delivery] += 1
-        self._threads[delivery].submit(self._answer, connection, request)
+        self._threads[delivery].submit(self._answer, connection, request, time.monotonic())
         return True
 
-    def _answer(self, connection: Connection, request: Request) -> None:
+    def _answer(self, connection: Connection, request: Request, since: float) -> None:
         try:
-            answer = run(self._application, request, connection.address)
+            if time.monotonic() - since > self.limits.waiting_seconds:
+                log.warning("a request was refused", extra={"status": 503, "reason": "it waited too long for a thread"})
+                answer = refusal(503)
+            else:
+                answer = run(self._application, request, connection.address)
         except Exception:
             log.critical("answering failed", exc_info=True)
             answer = refusal(503)

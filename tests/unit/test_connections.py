@@ -339,3 +339,15 @@ def test_connection_that_is_over_keeps_nothing_of_what_it_read(door: Callable[..
         until(lambda: kept() is None)
     finally:
         gc.enable()
+
+
+def test_request_that_waited_too_long_for_a_thread_is_answered_503_and_not_taken(door: Callable[..., Door]) -> None:
+    opened = door(Limits(waiting_seconds=0.2))
+    opened.go.clear()
+    clients = [opened.connect(WHOLE) for _ in range(4)]
+    until(lambda: len(opened.connections._by_state["answering"]) == 4)
+    whole = time.monotonic()
+    until(lambda: time.monotonic() - whole > 0.2)
+    opened.go.set()
+    assert sorted(status(client) for client in clients) == [200, 200, 503, 503]
+    assert len(opened.taken) == 2
