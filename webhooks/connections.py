@@ -219,6 +219,7 @@ class Connections:
         self.stopping = True
         for listener in self._listeners:
             self._loop.remove_reader(listener.fileno())
+            listener.close()  # whoever connects now is another process's, or told that there is none
         soon = time.monotonic() + self.limits.linger_seconds
         for connection in self._by_state[READING]:
             connection.deadline = min(connection.deadline, soon)

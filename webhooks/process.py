@@ -25,7 +25,8 @@ class Worker(base.Worker):
             loop.add_signal_handler(number, stop.set)
         connections = Connections(self.wsgi, self.cfg.threads)
         connections.listen(self.sockets)
-        while not stop.is_set() and os.getppid() == self.ppid:
+        # A signal that came before the loop had its handlers ended `alive` only.
+        while self.alive and not stop.is_set() and os.getppid() == self.ppid:
             self.notify()
             connections.sweep()
             with contextlib.suppress(TimeoutError):

@@ -42,7 +42,8 @@ def _metrics_folder() -> str:
 
 def _lock(folder: Path) -> bool:
     """Lock a folder until this process and its children have ended; False where another one holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    # Whoever else may write to the temporary folder may have put a pipe or a link there.
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -52,7 +53,9 @@ def _lock(folder: Path) -> bool:
 
 
 # The web processes count together even where no one set the variable.
-_own_metrics = not os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+_given = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+# On SIGUSR2 a new master inherits the variable of the old one, which takes its folder along when it ends.
+_own_metrics = not _given or Path(_given).name.startswith("clerk-sync-metrics-")
 if _own_metrics:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics_folder()
 

@@ -351,3 +351,16 @@ def test_request_that_waited_too_long_for_a_thread_is_answered_503_and_not_taken
     opened.go.set()
     assert sorted(status(client) for client in clients) == [200, 200, 503, 503]
     assert len(opened.taken) == 2
+
+
+def test_whoever_connects_after_the_stop_is_told_at_once(door: Callable[..., Door]) -> None:
+    opened = door()
+    opened.go.clear()
+    served = opened.connect(WHOLE)
+    until(lambda: opened.taken)
+    opened.stop()
+    until(lambda: opened.connections.stopping)
+    with pytest.raises(ConnectionRefusedError):
+        opened.connect()
+    opened.go.set()
+    assert status(served) == 200
