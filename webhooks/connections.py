@@ -346,6 +346,9 @@ class Connection(asyncio.Protocol):
         self._request.protocol = f"HTTP/{version}"
         self._request.keep_alive = self._parser.should_keep_alive()
         headers = dict(self._request.headers)
+        # Whoever is before us may read another coding's end elsewhere.
+        if any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in self._request.headers):
+            self._refuse_rest(400)
         if int(headers.get(b"content-length", 0)) > LARGEST_BODY:
             self._refuse_rest(413)
         waits = headers.get(b"expect", b"").lower() == b"100-continue" and version == "1.1"

@@ -364,3 +364,11 @@ def test_whoever_connects_after_the_stop_is_told_at_once(door: Callable[..., Doo
         opened.connect()
     opened.go.set()
     assert status(served) == 200
+
+
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"foo, chunked", b"gzip\r\nTransfer-Encoding: chunked"])
+def test_any_coding_but_chunked_is_refused_before_the_application(door: Callable[..., Door], coding: bytes) -> None:
+    opened = door()
+    client = opened.connect(POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n0\r\n\r\n")
+    assert client.recv(65536).startswith(b"HTTP/1.1 400 ")
+    assert not opened.taken
