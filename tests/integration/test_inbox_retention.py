@@ -57,7 +57,7 @@ def test_an_applied_event_is_pruned_after_its_time_and_others_are_not(connection
         "update clerk.webhook_events set received_at = now() - interval '1 year' where svix_id = any(%s)",
         ([pending, dead],),
     )
-    assert inbox.prune(connection, WEEK) == 1
+    assert inbox.prune(connection, WEEK, 2) == 1
     assert kept(connection) == {*old, pending, dead}
     assert not recent & kept(connection)
 
@@ -66,25 +66,21 @@ def test_the_time_begins_when_an_event_was_done_however_long_it_waited(connectio
     waited = record(connection, changed())
     connection.execute("update clerk.webhook_events set received_at = now() - interval '1 year'")
     sync.drain(connection, Policy())
-    assert inbox.prune(connection, WEEK) == 0
+    assert inbox.prune(connection, WEEK, 2) == 0
     assert kept(connection) == set(waited)
 
 
-def test_a_step_deletes_so_many_and_no_more(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inbox, "PRUNE_STEP", 3)
+def test_a_step_deletes_so_many_and_no_more(connection: Connection) -> None:
     apply(connection, 7, 8)
-    assert [inbox.prune(connection, WEEK) for _ in range(4)] == [3, 3, 1, 0]
+    assert [inbox.prune(connection, WEEK, 3) for _ in range(4)] == [3, 3, 1, 0]
 
 
-def test_a_row_that_another_worker_prunes_is_passed_over(
-    connect: Callable[[], Connection], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inbox, "PRUNE_STEP", 2)
+def test_a_row_that_another_worker_prunes_is_passed_over(connect: Callable[[], Connection]) -> None:
     one, two = connect(), connect()
     apply(one, 3, 8)
     with one.transaction():
-        assert inbox.prune(one, WEEK) == 2
-        assert inbox.prune(two, WEEK) == 1
+        assert inbox.prune(one, WEEK, 2) == 2
+        assert inbox.prune(two, WEEK, 2) == 1
     assert kept(one) == set()
 
 
@@ -104,9 +100,7 @@ def test_a_step_reads_what_it_deletes_and_not_the_table(connection: Connection) 
     assert "Rows Removed" not in plan
 
 
-def test_housekeeping_prunes_step_by_step_and_then_seldom(
-    connection: Connection, housekeeper: Housekeeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_housekeeping_prunes_step_by_step_and_then_seldom(connection: Connection, housekeeper: Housekeeper) -> None:
     housekeeper._step = 2
     apply(connection, 5, 8)
     left = []
@@ -164,11 +158,11 @@ def test_a_dismissed_event_has_lost_its_body_and_says_why_it_was_dead(connection
 def test_a_dismissed_event_is_pruned_in_its_time_and_counts_from_the_dismissal(connection: Connection) -> None:
     (bad,) = record(connection, changed(private="not an object"))
     connection.execute(AGE, {"by": timedelta(days=30)})
-    assert inbox.prune(connection, WEEK) == 0
+    assert inbox.prune(connection, WEEK, 2) == 0
     inbox.dismiss(connection, [bad])
-    assert inbox.prune(connection, WEEK) == 0
+    assert inbox.prune(connection, WEEK, 2) == 0
     connection.execute(AGE, {"by": timedelta(days=8)})
-    assert inbox.prune(connection, WEEK) == 1
+    assert inbox.prune(connection, WEEK, 2) == 1
 
 
 def test_a_dismissed_event_that_is_delivered_again_is_taken_again(connection: Connection) -> None:
@@ -185,4 +179,4 @@ def test_what_a_deletion_erased_is_pruned_like_what_was_applied(connection: Conn
     record(connection, changed(private="not an object"), deleted())
     sync.drain(connection, Policy())
     connection.execute(AGE, {"by": timedelta(days=8)})
-    assert inbox.prune(connection, WEEK) == 2
+    assert inbox.prune(connection, WEEK, 2) == 2
