@@ -17,21 +17,25 @@ from tests.faults.lane import Lane, bad
 from worker import local
 
 SHORT: Final = (
+    "receiver killed",
     "receiver: a child killed",
+    "receiver killed between commit and answer",
     "worker killed",
-    "workers killed in mid-batch",
+    "beat killed",
+    "Redis killed",
     "Redis wiped",
     "Redis: connections cut",
     "Redis half-open: old connections silent, new ones work",
     "Redis: forged messages",
+    "Postgres killed",
     "Postgres: a backend killed, all others restart",
+    "Postgres: connections cut",
     "Postgres half-open: old connections silent, new ones work",
     "Postgres commits, and the answer is lost",
     "Postgres read-only, as after a failover",
     "a long lock on clerk.users",
-    "two faults at once",
 )
-"""Quick ones, and such as have broken something before."""
+"""Kills of everything, and such as have broken something before."""
 
 
 @pytest.fixture(scope="module")

@@ -1,52 +1,20 @@
-"""`kill -9` of any process while events flow: at the end everything acknowledged has had its effect, once."""
+"""`kill -9` of a worker in mid-batch, step by step. Kills of all kinds under load are in test_faults.py."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 from typing import Final
 
 import psycopg
-import pytest
 
 from tests.acceptance.system import (
     CANARY,
     Client,
     System,
-    Traffic,
-    children,
     new_user,
     now_ms,
     user_event,
 )
 from tests.waiting import until
-
-
-@pytest.mark.parametrize("name", ["web", "worker", "beat", "postgres", "redis"])
-def test_nothing_acknowledged_is_missing_after_a_process_was_killed(system: System, name: str) -> None:
-    with Traffic(system) as traffic:
-        traffic.flow(50)
-        pid = system.kill(name)
-        system.await_restart(name, pid)
-        traffic.flow(50)
-    assert set(traffic.statuses) <= {200, 202, 503, None}
-    if name in {"worker", "beat", "redis"}:
-        assert set(traffic.statuses) <= {200, 202}, "the receiver doesn't need it"
-    traffic.assert_all_applied()
-
-
-@pytest.mark.parametrize("name", ["web", "postgres"])
-def test_nothing_acknowledged_is_missing_after_a_child_of_it_was_killed(system: System, name: str) -> None:
-    with Traffic(system) as traffic:
-        traffic.flow(50)
-        for child in children(system.pids[name])[:2]:
-            with contextlib.suppress(ProcessLookupError):  # Postgres ends its others when it loses one
-                os.kill(child, signal.SIGKILL)
-        traffic.flow(50)
-    assert set(traffic.statuses) <= {200, 202, 503, None}
-    traffic.assert_all_applied()
-
 
 WAITING: Final = """
 select pid from pg_stat_activity
