@@ -53,6 +53,11 @@ NO_MORE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 Application = Callable[..., Iterable[bytes]]
 
+# Threads of their own: whoever asks for metrics must not hold up deliveries, nor the question whether we live.
+DELIVERY: Final = "delivery"
+ALIVE: Final = "alive"
+OTHER: Final = "other"
+
 IDLE: Final = "idle"
 READING: Final = "reading"
 ANSWERING: Final = "answering"
@@ -110,15 +115,18 @@ class Connections:
         self.stopping = False
         self._application = application
         self._loop = asyncio.get_running_loop()
-        # Deliveries have threads of their own: health and metrics, which anybody may ask for, wait for Postgres.
-        self._threads = {True: ThreadPoolExecutor(threads, "delivery"), False: ThreadPoolExecutor(2, "other")}
+        self._threads = {
+            DELIVERY: ThreadPoolExecutor(threads, DELIVERY),
+            ALIVE: ThreadPoolExecutor(1, ALIVE),
+            OTHER: ThreadPoolExecutor(2, OTHER),
+        }
         self._listeners: Sequence[socket.socket] = ()
         # Each in the order of since when.
         self._by_state: dict[str, dict[Connection, None]] = {
             state: {} for state in (IDLE, READING, ANSWERING, STUCK, OVER)
         }
         self._opening: set[asyncio.Task[Any]] = set()
-        self._answering = {True: 0, False: 0}
+        self._answering = dict.fromkeys(self._threads, 0)
         self._held = 0
 
     # Coming and going
@@ -188,11 +196,11 @@ class Connections:
 
     def answer(self, connection: Connection, request: Request) -> bool:
         """Let a thread answer a whole request; False where too many wait for one already."""
-        delivery = request.method == "POST"
-        if self._answering[delivery] >= self.limits.waiting:
+        lane = lane_of(request)
+        if self._answering[lane] >= self.limits.waiting:
             return False
-        self._answering[delivery] += 1
-        self._threads[delivery].submit(self._answer, connection, request, time.monotonic())
+        self._answering[lane] += 1
+        self._threads[lane].submit(self._answer, connection, request, time.monotonic())
         return True
 
     def _answer(self, connection: Connection, request: Request, since: float) -> None:
@@ -209,7 +217,7 @@ class Connections:
             self._loop.call_soon_threadsafe(self._answered, connection, request, answer)
 
     def _answered(self, connection: Connection, request: Request, answer: bytes) -> None:
-        self._answering[request.method == "POST"] -= 1
+        self._answering[lane_of(request)] -= 1
         connection.answered(request, answer)
 
     # Stopping
@@ -494,6 +502,13 @@ class Connection(asyncio.Protocol):
         self._parser = None
         if not self._in_hand:
             self._hold_only(0)
+
+
+def lane_of(request: Request) -> str:
+    """Whose threads answer a request."""
+    if request.method == "POST":
+        return DELIVERY
+    return ALIVE if request.target == b"/healthz" else OTHER
 
 
 def run(application: Application, request: Request, address: tuple[str, int]) -> bytes:

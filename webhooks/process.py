@@ -3,12 +3,27 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import time
 
 from gunicorn.workers import base
 
-from webhooks.connections import Connections
+from webhooks.connections import Connections, Limits
+
+SPARE_FILES = 100
+"""Open files that Postgres, the broker, logs and metrics have for themselves, however many clients there are."""
+
+
+def make_room(connections: int) -> int:
+    """Raise our limit of open files to what so many connections need, as far as we may; how many it allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return connections if soft == resource.RLIM_INFINITY else max(10, min(connections, soft - SPARE_FILES))
 
 
 class Worker(base.Worker):
@@ -23,7 +38,7 @@ class Worker(base.Worker):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             loop.add_signal_handler(number, stop.set)
-        connections = Connections(self.wsgi, self.cfg.threads)
+        connections = Connections(self.wsgi, self.cfg.threads, Limits(connections=make_room(Limits().connections)))
         connections.listen(self.sockets)
         # A signal that came before the loop had its handlers ended `alive` only.
         while self.alive and not stop.is_set() and os.getppid() == self.ppid:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import socket
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -372,3 +374,24 @@ def test_any_coding_but_chunked_is_refused_before_the_application(door: Callable
     client = opened.connect(POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n0\r\n\r\n")
     assert client.recv(65536).startswith(b"HTTP/1.1 400 ")
     assert not opened.taken
+
+
+def test_whether_we_live_is_answered_while_readiness_and_metrics_wait(door: Callable[..., Door]) -> None:
+    made = door()
+    made.go.clear()
+    for _ in range(4):
+        made.connect(b"GET /readyz HTTP/1.1\r\nHost: here\r\n\r\n")
+    until(lambda: len(made.taken) == 2, what="readiness to be asked for")
+    made.connect(b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n")
+    until(lambda: len(made.taken) == 3, what="a thread for it")
+    assert made.taken[-1]["PATH_INFO"] == "/healthz"
+
+
+def test_there_are_no_more_connections_than_open_files_and_some_are_spared() -> None:
+    asked = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, %d)); from webhooks import process; "
+    asked += "print(process.make_room(4000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    made = [
+        subprocess.run((sys.executable, "-c", asked % hard), capture_output=True, text=True, check=True).stdout.split()
+        for hard in (300, 1024)
+    ]
+    assert made == [["200", "300"], ["924", "1024"]]
