@@ -108,7 +108,7 @@ Series = dict[str, list[float]]
 def main(minutes: float, rate: float, seed: str, json_path: Path | None) -> None:
     """Run two hosts under a steady load with faults, and see that nothing grows for ever.
 
-    Compares the second quarter of the time with the last. Exits 1 where something has grown by over a tenth, or
+    Compares the third quarter of the time with the last. Exits 1 where something has grown by over a tenth, or
     where an event is lost or a row wrong.
     """
     folder = Path(tempfile.mkdtemp(prefix="clerk-sync-soak-"))
@@ -195,9 +195,9 @@ def processes(lane: Lane) -> dict[str, float]:
 
 
 def quarters(values: Sequence[float]) -> tuple[float, float]:
-    """The means of the second quarter and of the last."""
+    """The means of the third quarter and of the last."""
     quarter = max(1, len(values) // 4)
-    return statistics.fmean(values[quarter : 2 * quarter] or values), statistics.fmean(values[-quarter:])
+    return statistics.fmean(values[2 * quarter : 3 * quarter] or values), statistics.fmean(values[-quarter:])
 
 
 def grown(series: Series) -> list[str]:
@@ -221,7 +221,7 @@ def chart(values: Sequence[float], width: int = 40) -> str:
 def print_table(console: Console, series: Series, outcomes: Sequence[Outcome], minutes: float) -> None:
     """One line for each measure, and one of what was lost."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "over the time", "second quarter", "last quarter", "most"):
+    for name in ("", "over the time", "third quarter", "last quarter", "most"):
         table.add_column(name, justify="left" if name in {"", "over the time"} else "right", no_wrap=True)
     over = grown(series)
     for measure in MEASURES:
