@@ -86,9 +86,9 @@ RECEIVERS, WORKERS, OTHERS = "receivers, MB", "workers, MB", "up and beat, MB"
 FILES, THREADS, SESSIONS = "open files", "threads", "sessions in Postgres"
 INBOX, USER_ROWS, CONTENTS = "clerk.webhook_events, MB", "clerk.users, MB", "clerk.user_contents, MB"
 MEASURES: Final = (
-    Measure(RECEIVERS, 20),
-    Measure(WORKERS, 20),
-    Measure(OTHERS, 20),
+    Measure(RECEIVERS, 10),
+    Measure(WORKERS, 10),
+    Measure(OTHERS, 10),
     Measure(FILES, 20),
     Measure(THREADS, 10),
     Measure(SESSIONS, 4),
