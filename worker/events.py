@@ -7,7 +7,8 @@ Metadata stays the raw JSON text that was sent, so numbers of any size and key o
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -52,7 +53,9 @@ class UserChanged:
 
     `version` is `data.updated_at` and `event_at` the envelope's `timestamp`, both in milliseconds since 1970.
     Metadata is JSON text of an object (`null` arrives as `{}`). `replaced` counts what jsonb can't hold. `profile`
-    is the compact JSON of each of PROFILE, `null` where it is missing or of a wrong type.
+    is the compact JSON of each of PROFILE, `null` where it is missing or of a wrong type; `profiled` reads it from
+    `sent`, where it hasn't been read yet. `sent_hash` is the same where everything that we use was sent the same, but
+    for when; None where a kind of metadata was not sent.
     """
 
     user_id: str
@@ -63,6 +66,8 @@ class UserChanged:
     unsafe_metadata: bytes | None
     replaced: int = 0
     profile: tuple[bytes, ...] = NO_PROFILE
+    sent: _User | None = field(default=None, compare=False, repr=False)
+    sent_hash: bytes | None = field(default=None, compare=False)
 
     @property
     def whole(self) -> bool:
@@ -160,6 +165,15 @@ def parse_event(body: bytes, *, instance_id: str | None = None) -> tuple[str, Ev
 
     With `instance_id`, events of another Clerk instance are ignored.
     """
+    match read_event(body, instance_id=instance_id):
+        case event_type, UserChanged() as user:
+            return event_type, profiled(user)
+        case read:
+            return read
+
+
+def read_event(body: bytes, *, instance_id: str | None = None) -> tuple[str, Event] | Unusable:
+    """The same as `parse_event`, but for the profile of a changed user: that matters only to what the user weighs."""
     if not _is_utf8(body):
         # The receiver takes none; one that stands in the inbox all the same must not end the worker.
         return Unusable(None, None, "the body is not UTF-8")
@@ -196,7 +210,7 @@ def parse_user(text: bytes, read_at: int | None) -> UserChanged | Unusable:
     try:
         user = _decode(_user, bracketed[1:-1], "the user")
         user_id = _user_id(user.id)
-        return _pulled(user, user_id, read_at, replaced)
+        return profiled(_pulled(user, user_id, read_at, replaced))
     except EventError as error:
         return Unusable(None, user_id, str(error).removeprefix("data."))
 
@@ -228,8 +242,33 @@ def _changed(user: _User, user_id: str, event_at: int | None, replaced: int) -> 
         _object(user.public_metadata, "data.public_metadata"),
         _object(user.unsafe_metadata, "data.unsafe_metadata"),
         replaced,
-        _profile(user),
+        sent=user,
+        sent_hash=_sent_hash(user, version),
     )
+
+
+def _sent_hash(user: _User, version: int) -> bytes | None:
+    """A hash of what was sent, as it was sent. Of 16 bytes: nobody is to find two metadata that have the same."""
+    parts = (
+        b"%d" % len(str(version)),  # a claim may be the version, and weigh as much as it has digits
+        user.private_metadata,
+        user.public_metadata,
+        user.unsafe_metadata,
+        user.first_name,
+        user.last_name,
+        user.username,
+        user.external_id,
+        user.created_at,
+        user.primary_email_address_id,
+        user.primary_phone_number_id,
+        user.email_addresses,
+        user.phone_numbers,
+        user.image_url,
+        user.two_factor_enabled,
+    )
+    sent = [part for part in parts if not isinstance(part, msgspec.UnsetType)]
+    # No JSON has a zero byte in it.
+    return None if len(sent) < len(parts) else blake2b(b"\0".join(sent), digest_size=16).digest()
 
 
 def _is_utf8(text: bytes) -> bool:
@@ -300,6 +339,23 @@ def _object(value: msgspec.Raw | msgspec.UnsetType, name: str) -> bytes | None:
 
 
 # --- The profile. It matters only to what a token weighs, so nothing in it makes an event unusable.
+
+
+def profiled(user: UserChanged) -> UserChanged:
+    """The same user with the profile that was sent."""
+    if user.sent is None:
+        return user
+    return UserChanged(
+        user.user_id,
+        user.version,
+        user.event_at,
+        user.private_metadata,
+        user.public_metadata,
+        user.unsafe_metadata,
+        user.replaced,
+        _profile(user.sent),
+        sent_hash=user.sent_hash,
+    )
 
 
 def _profile(user: _User) -> tuple[bytes, ...]:

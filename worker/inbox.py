@@ -89,70 +89,86 @@ def record(connection: Connection, deliveries: Sequence[Incoming]) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A pending event that this transaction holds."""
+    """A pending event that this transaction has claimed; `age` is the seconds from Svix's signature until then."""
 
     svix_id: str
     body: bytes
+    age: float
 
 
-# Rows locked by another worker are passed over. The second step keeps one batch's bodies within what a worker can
-# hold in memory; the rows beyond are let go with the transaction.
+# Claimed events are marked done at once: if the transaction ends otherwise, they never were. Rows locked by another
+# worker are passed over. By ctid, since they are locked and theirs stays. The second step keeps one batch's bodies
+# within what a worker can hold in memory; the rows beyond are let go with the transaction.
 CLAIM = """
-with claimed as materialized (
-  select svix_id, received_at, body, octet_length(body) as size
+with locked as materialized (
+  select ctid as place, svix_id, received_at, body, octet_length(body) as size
   from clerk.webhook_events
   where state = 'pending'
   order by received_at
   limit %(most)s offset %(behind)s
   for update skip locked
+),
+sized as (
+  select *, sum(size) over (order by received_at, svix_id) - size as before from locked
 )
-select svix_id, body
-from (select *, sum(size) over (order by received_at, svix_id) - size as before from claimed) as sized
-where before < %(bytes)s
+update clerk.webhook_events as events
+set state = 'done', processed_at = clock_timestamp(), attempts = attempts + 1, error = null, body = null
+from sized
+where events.ctid = sized.place and before < %(bytes)s
+returning
+  events.svix_id, sized.body, greatest(extract(epoch from clock_timestamp() - events.sent_at), 0)::float8 as age
 """
 
 CLAIM_BYTES: Final = 4 * 1024 * 1024
 
 
 def claim(connection: Connection, most: int, behind: int = 0) -> list[Claimed]:
-    """Lock up to `most` pending events, oldest first but for those `behind` which others are to come, until the
-    transaction ends."""
+    """Mark up to `most` pending events done, oldest first but for those `behind` which others are to come.
+
+    What isn't applied is to be put back or set aside, or the transaction to be undone.
+    """
     with connection.cursor(row_factory=class_row(Claimed)) as cursor:
         return cursor.execute(CLAIM, {"most": most, "behind": behind, "bytes": CLAIM_BYTES}, binary=True).fetchall()
 
 
-# How long the events took from Svix's signature until now, which is when they become visible.
-FINISH = """
-update clerk.webhook_events
-set state = 'done', processed_at = clock_timestamp(), attempts = attempts + 1, error = null, body = null
-where svix_id = any(%(svix_ids)b::text[])
-returning greatest(extract(epoch from clock_timestamp() - sent_at), 0)::float8
+PUT_BACK = """
+update clerk.webhook_events as events
+set state = 'pending', processed_at = null, attempts = attempts - 1, body = claimed.body
+from unnest(%(svix_ids)b::text[], %(bodies)b::bytea[]) as claimed (svix_id, body)
+where events.svix_id = claimed.svix_id
 """
 
 
-def finish(connection: Connection, svix_ids: Sequence[str]) -> list[float]:
-    """Mark applied events done and drop their bodies; returns each one's freshness in seconds."""
-    if not svix_ids:
-        return []
-    return [seconds for (seconds,) in connection.execute(FINISH, {"svix_ids": list(svix_ids)})]
+def put_back(connection: Connection, rows: Sequence[Claimed]) -> None:
+    """Make claimed events pending again."""
+    if rows:
+        bodies = {"svix_ids": [row.svix_id for row in rows], "bodies": [row.body for row in rows]}
+        connection.execute(PUT_BACK, bodies)
 
 
 SET_ASIDE = """
 update clerk.webhook_events as events
 set
-  state = 'dead', processed_at = clock_timestamp(), attempts = attempts + 1, error = dead.reason,
+  state = 'dead', error = dead.reason,
   body = case when not exists (
     select from clerk.users where users.user_id = events.user_id and users.deleted_at is not null
-  ) then body end
-from unnest(%(svix_ids)b::text[], %(reasons)b::text[]) as dead (svix_id, reason)
+  ) then dead.body end
+from unnest(%(svix_ids)b::text[], %(reasons)b::text[], %(bodies)b::bytea[]) as dead (svix_id, reason, body)
 where events.svix_id = dead.svix_id
 """
 
 
-def set_aside(connection: Connection, reasons: Mapping[str, str]) -> None:
-    """Mark events dead, each with the reason why it can never be applied; bodies are kept for a retry."""
-    if reasons:
-        connection.execute(SET_ASIDE, {"svix_ids": list(reasons), "reasons": list(reasons.values())})
+def set_aside(connection: Connection, rows: Sequence[Claimed], reasons: Mapping[str, str]) -> None:
+    """Mark claimed events dead, each with the reason why it can never be applied; bodies are kept for a retry."""
+    if rows:
+        connection.execute(
+            SET_ASIDE,
+            {
+                "svix_ids": [row.svix_id for row in rows],
+                "reasons": [reasons[row.svix_id] for row in rows],
+                "bodies": [row.body for row in rows],
+            },
+        )
 
 
 # An event that is dead on arrival may come after its user was deleted, or at the very moment, neither seeing the other.

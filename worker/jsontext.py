@@ -47,7 +47,7 @@ def holdable(body: bytes) -> tuple[bytes, int]:
     replaced = 0
     if _may_have_odd_values(body):
         body, replaced = _without_odd_values(body)
-    if _ODD_ESCAPE.search(body):
+    if b"\\u" in body and _ODD_ESCAPE.search(body):
         body, escapes = _without_odd_escapes(body)
         replaced += escapes
     return body, replaced

@@ -67,6 +67,7 @@ WORKER: Final = Role(
         "clerk.user_contents": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE, "delete": _WHOLE},
         "clerk.api_budget": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE},
         "clerk.runs": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE, "delete": _WHOLE},
+        "function clerk.gate_known": {"execute": _WHOLE},
         "function clerk.gate_users": {"execute": _WHOLE},
         "function clerk.gate_deletions": {"execute": _WHOLE},
         "function clerk.compare_users": {"execute": _WHOLE},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Final
@@ -17,7 +17,7 @@ import psycopg
 
 from worker import inbox, users
 from worker.db import ROWS_FAULT, Connection, deadline, describe
-from worker.events import Event, Ignored, Unusable, UserChanged, UserDeleted, parse_event
+from worker.events import Ignored, Unusable, UserChanged, UserDeleted, profiled, read_event
 from worker.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,11 @@ CLAIM_SECONDS: Final = 5.0
 
 @dataclass(slots=True)
 class Batch:
-    """What one transaction did, in events; `freshness` is the seconds from Svix's signature to visible, of each."""
+    """What one transaction did, in events; `freshness` is the seconds from Svix's signature to visible, of each. Those
+    that were `left` are pending still."""
 
     claimed: int = 0
+    left: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     dead: dict[str, str] = field(default_factory=dict)
     freshness: list[float] = field(default_factory=list)
@@ -65,7 +67,12 @@ def drain(
     """
     total = 0
     until = time.monotonic() + BATCH_SECONDS if behind else float("inf")
-    while time.monotonic() < until and (done := drain_batch(connection, policy, batch, behind)).claimed:
+    wait = False
+    while time.monotonic() < until:
+        done = drain_batch(connection, policy, batch, behind, wait=wait)
+        if not done.claimed + done.left:
+            break
+        wait = bool(done.left)
         total += done.claimed
         batch = min(batch * 2, max(batch, BATCH))
         users.warn(done.crossings, policy.budget)
@@ -73,70 +80,96 @@ def drain(
     return total
 
 
-def drain_batch(connection: Connection, policy: Policy, batch: int = BATCH, behind: int = 0) -> Batch:
-    """Claim, decide, pass the gate and mark done, in one transaction."""
+def drain_batch(
+    connection: Connection, policy: Policy, batch: int = BATCH, behind: int = 0, *, wait: bool = False
+) -> Batch:
+    """Claim, decide, and pass the gate, in one transaction.
+
+    Most events are sign-ins, which bring nothing new: those take a short way, unless `wait`. It waits for no lock;
+    where it would have to, the event is put back, as `left` counts, and is to take the long way next.
+    """
     started = time.perf_counter()
     result = Batch()
     with deadline(connection, BATCH_SECONDS), connection.transaction():
         # After a failure a claim has more time: where much of the inbox's index is dead, it may need that.
         with deadline(connection, CLAIM_SECONDS if batch >= BATCH else BATCH_SECONDS):
             rows = inbox.claim(connection, batch, behind)
-        result.claimed = len(rows)
+        claimed = time.perf_counter()
         if not rows:
             return result
-        events: dict[str, list[tuple[str, UserChanged | UserDeleted]]] = defaultdict(list)
-        applied: list[str] = []
+        events: Events = defaultdict(list)
         for row in rows:
-            match _meaning(row.body):
+            match read_event(row.body):
                 case Unusable(reason=reason):
                     result.dead[row.svix_id] = reason
-                case Ignored():
-                    # Only a changed setting leads here: the receiver records none of these.
-                    applied.append(row.svix_id)
-                case event:
+                case _, (UserChanged() | UserDeleted()) as event:
                     events[event.user_id].append((row.svix_id, event))
-                    result.replaced += event.replaced if isinstance(event, UserChanged) else 0
-        applied += _apply(connection, policy, events, result)
-        inbox.set_aside(connection, result.dead)
-        result.freshness = inbox.finish(connection, applied)
-    result.seconds = time.perf_counter() - started
+                case _, Ignored():
+                    pass  # only a changed setting leads here: the receiver records none of these
+        latest = {user_id: newest([event for _, event in events[user_id]]) for user_id in sorted(events)}
+        same = {} if wait else _same(connection, policy, latest)
+        _apply(connection, policy, {user_id: events[user_id] for user_id in latest if user_id not in same}, result)
+        left = same.keys() - users.gate_known(connection, policy, list(same.values())) if same else set()
+        result.outcomes["unchanged"] += len(same) - len(left)
+        ids_left = {svix_id for user_id in left for svix_id, _ in events[user_id]}
+        inbox.put_back(connection, [row for row in rows if row.svix_id in ids_left])
+        inbox.set_aside(connection, [row for row in rows if row.svix_id in result.dead], result.dead)
+    now = time.perf_counter()
+    result.claimed, result.left = len(rows) - len(ids_left), len(ids_left)
+    result.replaced = sum(
+        event.replaced
+        for user_id, those in events.items()
+        if user_id not in left
+        for _, event in those
+        if isinstance(event, UserChanged)
+    )
+    gone = result.dead.keys() | ids_left
+    result.freshness = [row.age + now - claimed for row in rows if row.svix_id not in gone]
+    result.seconds = now - started
     return result
-
-
-def _meaning(body: bytes) -> Event | Unusable:
-    parsed = parse_event(body)
-    return parsed if isinstance(parsed, Unusable) else parsed[1]
 
 
 Events = dict[str, list[tuple[str, UserChanged | UserDeleted]]]
 
 
-def _apply(connection: Connection, policy: Policy, events: Events, result: Batch) -> list[str]:
-    """Pass all users through the gate at once; where one of them can't be, each by itself, and that one set aside."""
+def _same(
+    connection: Connection, policy: Policy, latest: Mapping[str, Sequence[UserChanged | UserDeleted]]
+) -> dict[str, UserChanged]:
+    """The users whose only event brings what was sent before."""
+    single = {}
+    for user_id, (event, *others) in latest.items():
+        if not others and isinstance(event, UserChanged) and event.sent_hash:
+            single[user_id] = event
+    known = users.known(connection, policy, list(single.values())) if single else set()
+    return {user_id: event for user_id, event in single.items() if user_id in known}
+
+
+def _apply(connection: Connection, policy: Policy, events: Events, result: Batch) -> None:
+    """Pass users through the gate, all at once; where one of them can't be, each by itself, and that one set aside."""
+    if not events:
+        return
     try:
         with connection.transaction():
             passed = _pass(connection, policy, events)
         _count(result, passed)
-        return [svix_id for group in events.values() for svix_id, _ in group]
     except Exception as error:
         reason = _fault(error)
         if reason is None:
             raise
         log.warning("a batch holds an event that can't be applied", extra={"error": reason})
-    applied: list[str] = []
-    for user_id in sorted(events):
-        for svix_id, event in events[user_id]:
+    else:
+        return
+    for user_id, those in events.items():
+        for svix_id, event in those:
             try:
                 with connection.transaction():
                     passed = _pass(connection, policy, {user_id: [(svix_id, event)]})
                 _count(result, passed)
-                applied.append(svix_id)
             except Exception as error:
                 reason = _fault(error)
                 if reason is None:
                     raise
                 result.dead[svix_id] = reason
-    return applied
 
 
 def _fault(error: Exception) -> str | None:
@@ -183,9 +216,13 @@ def _pass(connection: Connection, policy: Policy, events: Events) -> tuple[Count
 def newest(events: Sequence[UserChanged | UserDeleted]) -> list[UserChanged | UserDeleted]:
     """Reduce one user's events to those that can still matter: the earliest deletion alone where there is one,
     otherwise the newest whole user and whatever is not older than it."""
+    if len(events) == 1:
+        return list(events)
     deletions = [event for event in events if isinstance(event, UserDeleted)]
     if deletions:
         return [min(deletions, key=lambda deletion: deletion.event_at)]
     changes = [event for event in events if isinstance(event, UserChanged)]
     latest = max(((user.version, user.event_at) for user in changes if user.whole), default=(-1, -1))
-    return list(dict.fromkeys(user for user in changes if (user.version, user.event_at) >= latest))
+    # The same metadata with another profile is not the same.
+    newest_ones = [user for user in changes if (user.version, user.event_at) >= latest]
+    return list({(user, user.sent_hash, user.profile): user for user in map(profiled, newest_ones)}.values())

@@ -14,7 +14,7 @@ from psycopg.rows import namedtuple_row
 
 from worker.claims import Fields, Weighed, Weights, render, weigh_user
 from worker.db import Connection
-from worker.events import UserChanged, UserDeleted
+from worker.events import UserChanged, UserDeleted, profiled
 from worker.measure import FRAME, Range, contributions, measure, measure_kept
 from worker.policy import Decision, Policy, decide
 
@@ -60,10 +60,56 @@ class Change:
 
 def weigh(policy: Policy, user: UserChanged) -> Change:
     """Weigh one user and decide what is copied. Pure."""
+    user = profiled(user)
     weights = weigh_user(user)
     claims_bytes = len(render(policy.template, user, policy.assumed))
     known = user.public_metadata is not None and user.unsafe_metadata is not None
     return Change(user, weights, claims_bytes, decide(policy, claims_bytes if known else None))
+
+
+KNOWN = """
+select users.user_id
+from unnest(%(user_id)b::text[], %(version)b::bigint[], %(sent_hash)b::bytea[]) as event (user_id, version, sent_hash)
+join clerk.users on users.user_id = event.user_id
+where users.sent_hash = event.sent_hash and users.version < event.version and users.weighed_by = %(weighed_by)s
+"""
+
+
+def known(connection: Connection, policy: Policy, changed: Sequence[UserChanged]) -> set[str]:
+    """Those of these users of whom the very same was sent before, as far as can be told without locking them."""
+    rows = connection.execute(
+        KNOWN,
+        {
+            "user_id": [user.user_id for user in changed],
+            "version": [user.version for user in changed],
+            "sent_hash": [user.sent_hash for user in changed],
+            "weighed_by": policy.fingerprint,
+        },
+    )
+    return {user_id for (user_id,) in rows}
+
+
+GATE_KNOWN = """
+select * from clerk.gate_known(
+  %(user_id)b::text[], %(version)b::bigint[], %(event_at)b::bigint[], %(sent_hash)b::bytea[], %(weighed_by)s::bigint
+)
+"""
+
+
+def gate_known(connection: Connection, policy: Policy, changed: Sequence[UserChanged]) -> set[str]:
+    """Pass users of whom the very same was sent before; returns the ids of those who have passed, with the outcome
+    unchanged. Waits for no lock: whoever is changed by somebody else at this moment hasn't passed."""
+    rows = connection.execute(
+        GATE_KNOWN,
+        {
+            "user_id": [user.user_id for user in changed],
+            "version": [user.version for user in changed],
+            "event_at": [user.event_at for user in changed],
+            "sent_hash": [user.sent_hash for user in changed],
+            "weighed_by": policy.fingerprint,
+        },
+    )
+    return {user_id for (user_id,) in rows}
 
 
 GATE_USERS = """
@@ -73,7 +119,7 @@ select user_id, outcome, crossed, unweighed from clerk.gate_users(
   %(copy_private)b::bool[], %(copy_public)b::bool[], %(copy_unsafe)b::bool[],
   %(profile_bytes)b::text[], %(public_bytes)b::int[], %(unsafe_bytes)b::int[],
   %(public_fields)b::text[]::jsonb[], %(unsafe_fields)b::text[]::jsonb[],
-  %(claims_bytes)b::int[], %(budget)s::int, %(weighed_by)s::bigint
+  %(claims_bytes)b::int[], %(sent_hash)b::bytea[], %(budget)s::int, %(weighed_by)s::bigint
 )
 """
 
@@ -123,6 +169,7 @@ def _rows(policy: Policy, changes: Iterable[Change]) -> dict[str, Any]:
         "public_fields": [_sizes(change.weights.public) for change in batch],
         "unsafe_fields": [_sizes(change.weights.unsafe) for change in batch],
         "claims_bytes": [change.claims_bytes for change in batch],
+        "sent_hash": [user.sent_hash for user in users],
         "budget": policy.budget,
         "weighed_by": policy.fingerprint,
     }
@@ -263,7 +310,8 @@ update clerk.users as old set
   over_budget = new.claims_bytes > %(budget)s,
   crossed = new.claims_bytes > %(budget)s and not old.over_budget,
   private_copied = new.private, public_copied = new.public, unsafe_copied = new.unsafe,
-  content_missing = new.missing
+  content_missing = new.missing,
+  sent_hash = null -- the next event decides anew, whatever it brings
 from unnest(
   %(user_id)b::text[], %(claims_bytes)b::int[], %(exact)b::bool[],
   %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[], %(missing)b::bool[]

@@ -68,7 +68,7 @@ def test_a_batch_is_bounded_in_bytes_so_that_large_bodies_do_not_fill_the_memory
     connection = connect()
     for number in range(20):
         record(connection, changed(f"user_{number}", private={"a": "x" * 1_000_000}))
-    with connection.transaction():
+    with connection.transaction(force_rollback=True):
         claimed = inbox.claim(connection, 500)
     assert 4 <= len(claimed) <= 5
     assert sync.drain(connection, Policy()) == 20
@@ -134,13 +134,11 @@ def test_a_lost_connection_leaves_the_batch_pending_and_the_users_untouched(
 ) -> None:
     connection, other = connect(), connect()
     record(connection, changed())
-    original = inbox.finish
 
-    def cut_off(*_: Any) -> list[float]:
+    def cut_off(*_: Any) -> None:
         other.execute("select pg_terminate_backend(%s)", (connection.info.backend_pid,))
-        return original(connection, ["msg"])
 
-    monkeypatch.setattr(inbox, "finish", cut_off)
+    monkeypatch.setattr(inbox, "set_aside", cut_off)
     with pytest.raises(psycopg.OperationalError):
         sync.drain_batch(connection, Policy())
     assert states(other) == {"pending": 1}
@@ -150,7 +148,7 @@ def test_a_lost_connection_leaves_the_batch_pending_and_the_users_untouched(
 def test_rows_that_another_worker_holds_are_passed_over(connect: Connect) -> None:
     one, two = connect(), connect()
     record(one, *(changed(f"user_{number}") for number in range(10)))
-    with one.transaction():
+    with one.transaction(force_rollback=True):
         held = inbox.claim(one, 4)
         assert len(held) == 4
         assert sync.drain(two, Policy()) == 6
@@ -191,13 +189,17 @@ def test_concurrent_drains_end_in_the_newest_rows_and_every_deletion_holds(conne
     assert check.execute("select count(*) from clerk.user_contents").fetchone() == (30,)
 
 
+def of_version(version: int) -> bytes:
+    return changed(version=version, private={"v": version})
+
+
 @pytest.mark.parametrize(
     ("first", "second", "left"),
     [
-        pytest.param(changed(version=1), changed(version=2), [2], id="a first insert racing a newer one"),
-        pytest.param(changed(version=2), changed(version=1), [2], id="a first insert racing an older one"),
-        pytest.param(changed(version=2), deleted(timestamp=1), [], id="an update, then a deletion"),
-        pytest.param(deleted(timestamp=1), changed(version=2), [], id="a deletion, then an update"),
+        pytest.param(of_version(1), of_version(2), [2], id="a first insert racing a newer one"),
+        pytest.param(of_version(2), of_version(1), [2], id="a first insert racing an older one"),
+        pytest.param(of_version(2), deleted(timestamp=1), [], id="an update, then a deletion"),
+        pytest.param(deleted(timestamp=1), of_version(2), [], id="a deletion, then an update"),
     ],
 )
 @pytest.mark.parametrize("known", [False, True], ids=["new user", "known user"])
