@@ -23,8 +23,9 @@ from worker.errors import BrokerDown
 
 log = logging.getLogger(__name__)
 
-PAUSE_SECONDS: Final = 0.02
-"""The least time between two wake-ups from one process: a burst is one ring."""
+PAUSE_SECONDS: Final = 0.25
+"""The least time between two wake-ups from one process: a burst is one ring. The worker that heard it looks for more by
+itself for longer than this (`LINGER_SECONDS`)."""
 
 BROKEN_SECONDS: Final = 1.0
 """How long the broker is left alone after an error."""

@@ -18,7 +18,7 @@ from worker.errors import BrokerDown
 from worker.housekeeper import Housekeeper
 from worker.reconciler import Reconciler
 from worker.settings import Settings
-from worker.sweeper import Drainer, Sweeper, Watch
+from worker.sweeper import LINGER_SECONDS, Drainer, Sweeper, Watch
 from worker.sync import LOCK_MS, STATEMENT_MS
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ def create_worker(settings: Settings) -> Celery:
     drainer = Drainer(
         lambda: db.connect(settings.database_url, "worker", statement_ms=STATEMENT_MS, lock_ms=LOCK_MS),
         settings.policy,
+        linger=LINGER_SECONDS,
     )
     sweeper = Sweeper(drainer)
     housekeeper = Housekeeper(
@@ -110,6 +111,7 @@ def create_worker(settings: Settings) -> Celery:
             logger.info("the periodic reconcile is off", extra={"reason": off})
 
     def stop(**_: Any) -> None:
+        drainer.stop()
         sweeper.stop()
         housekeeper.stop()
         watch.stop()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -113,13 +114,51 @@ def abandon(connection: Connection) -> None:
         duplicate.shutdown(socket.SHUT_RDWR)
 
 
+class _Deadlines:
+    """One thread for all deadlines of a process: a thread for each would take longer than most statements do."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._due: dict[object, tuple[float, Connection]] = {}
+        self._wakes_at = 0.0
+        threading.Thread(target=self._run, name="deadlines", daemon=True).start()
+
+    def begin(self, connection: Connection, seconds: float) -> object:
+        due = time.monotonic() + seconds
+        key = object()
+        with self._changed:
+            self._due[key] = (due, connection)
+            if due < self._wakes_at:
+                self._changed.notify()
+        return key
+
+    def end(self, key: object) -> None:
+        with self._changed:
+            self._due.pop(key, None)
+
+    def _run(self) -> None:
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                for key, (due, connection) in list(self._due.items()):
+                    if due <= now:
+                        del self._due[key]
+                        abandon(connection)
+                wait = min((due for due, _ in self._due.values()), default=now + threading.TIMEOUT_MAX / 2) - now
+                self._wakes_at = now + wait
+                self._changed.wait(wait)
+
+
+_deadlines: dict[int, _Deadlines] = {}
+"""By process: a fork takes neither the thread nor its deadlines along."""
+
+
 @contextlib.contextmanager
 def deadline(connection: Connection, seconds: float) -> Iterator[None]:
     """Abandon the connection if the block takes longer than this."""
-    timer = threading.Timer(seconds, abandon, (connection,))
-    timer.daemon = True
-    timer.start()
+    deadlines = _deadlines.get(os.getpid()) or _deadlines.setdefault(os.getpid(), _Deadlines())
+    key = deadlines.begin(connection, seconds)
     try:
         yield
     finally:
-        timer.cancel()
+        deadlines.end(key)

@@ -33,9 +33,10 @@ class Policy:
     template: Template = ASSUMED_TEMPLATE
     assumed: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def fingerprint(self) -> int:
-        """63 bits that differ between policies that weigh or decide differently."""
+    fingerprint: int = field(init=False, repr=False, compare=False)
+    """63 bits that differ between policies that weigh or decide differently."""
+
+    def __post_init__(self) -> None:
         said = repr(
             (
                 self.private.value,
@@ -46,7 +47,8 @@ class Policy:
                 sorted(self.assumed.items()),
             )
         )
-        return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest()) >> 1
+        digest = hashlib.blake2b(said.encode(), digest_size=8).digest()
+        object.__setattr__(self, "fingerprint", int.from_bytes(digest) >> 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ Celery's own connection to it hangs.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -29,6 +30,12 @@ SWEEP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.5, 4.0)
 """The first and the longest wait after a failure; each wait is halved or kept at random, so that workers spread."""
 
+LOOK_SECONDS: Final = 0.02
+"""The least time from a batch that took all there was to the next: so that many events share a commit."""
+
+LINGER_SECONDS: Final = 0.5
+"""How long a drain looks on after the last event, as they seldom come alone: that takes no wake-up for each."""
+
 COMPLAIN_SECONDS: Final = 30.0
 """How often the log tells of the same reason for not draining: it is looked for every few seconds."""
 
@@ -42,11 +49,17 @@ class NotReady(SyncError):
 
 
 class Drainer:
-    """Drains the inbox over one connection; at most one drain runs in a process at any time."""
+    """Drains the inbox over one connection; at most one drain runs in a process at any time, but for a second lane:
+    while there are more events than a batch takes, another thread drains them too, over a connection of its own, since
+    Python and Postgres take turns in each lane.
 
-    def __init__(self, connect: Callable[[], Connection], policy: Policy) -> None:
+    `linger` is for how many seconds after the last event a drain looks on.
+    """
+
+    def __init__(self, connect: Callable[[], Connection], policy: Policy, *, linger: float = 0.0) -> None:
         self._connect = connect
         self._policy = policy
+        self._linger = linger
         self._first = BATCH
         self._behind = 0
         self._connection: Connection | None = None
@@ -61,6 +74,13 @@ class Drainer:
         self._parents, self._connection = self._connection, None
         self._running = threading.Lock()
         self._wanted = threading.Event()
+        self._stopping = threading.Event()
+        self._second: threading.Thread | None = None
+        self._latest = 0.0
+
+    def stop(self) -> None:
+        """End after the batches in progress. What is pending then is another worker's, or waits for the next start."""
+        self._stopping.set()
 
     def ring(self, cause: str) -> bool:
         """Drain until nothing is pending; False where Postgres can't be had just now, or isn't ready for us, such as a
@@ -70,9 +90,9 @@ class Drainer:
         thought of.
         """
         self._wanted.set()
-        while self._wanted.is_set() and self._running.acquire(blocking=False):
+        while self._wanted.is_set() and not self._stopping.is_set() and self._running.acquire(blocking=False):
             try:
-                while self._wanted.is_set():
+                while self._wanted.is_set() and not self._stopping.is_set():
                     self._wanted.clear()
                     if not self._drain(cause):
                         return False
@@ -87,13 +107,15 @@ class Drainer:
             nonlocal done
             done += 1
             self._observe(batch, cause)
+            if batch.claimed >= BATCH and not self._behind:
+                self._open_second_lane(cause)
 
         try:
             connection = self._connected()
             # After a failure one event at a time, then more and more: a few that take very long together, as whoever
             # writes the metadata may bring about, would fail together for ever.
             first, self._first = self._first, 1
-            drain(connection, self._policy, batch=first, behind=self._behind, observe=observe)
+            drain(connection, self._policy, batch=first, behind=self._behind, observe=observe, go_on=self._goes_on)
             if self._behind:
                 # Everybody else's are done: once more those that were left out.
                 self._behind = 0
@@ -116,6 +138,38 @@ class Drainer:
             # Without the original: its text can quote data.
             raise SyncError(f"draining failed: {describe(error)}") from None
         return True
+
+    def _goes_on(self, batch: Batch) -> bool:
+        """Whether to look for more: at once after a batch that was half full, else a moment later."""
+        now = time.monotonic()
+        if batch.claimed + batch.left:
+            self._latest = now
+        if self._stopping.is_set():
+            return False
+        if not self._linger or batch.claimed * 2 >= batch.asked:
+            return batch.claimed + batch.left > 0
+        return now - self._latest < self._linger and not self._stopping.wait(LOOK_SECONDS)
+
+    def _open_second_lane(self, cause: str) -> None:
+        if self._second is None or not self._second.is_alive():
+            self._second = threading.Thread(target=self._drain_beside, args=(cause,), name="second lane", daemon=True)
+            self._second.start()
+
+    def _drain_beside(self, cause: str) -> None:
+        """Take full batches as long as there are any. Whatever is wrong here, the first lane tells, and waits for."""
+        try:
+            with contextlib.closing(self._connect()) as connection:
+                drain(
+                    connection,
+                    self._policy,
+                    batch=BATCH,
+                    observe=lambda batch: self._observe(batch, cause),
+                    go_on=lambda batch: batch.claimed >= BATCH and not self._stopping.is_set(),
+                )
+        except psycopg.Error as error:
+            log.info("the second lane ended; what it had is pending", extra={"error": describe(error)})
+        except Exception:
+            log.critical("the second lane failed", exc_info=True)
 
     def _pass_over(self, *, alone: bool) -> None:
         """Let others go before an event that failed `alone` over a connection that is whole: its user's row may be
@@ -152,7 +206,9 @@ class Drainer:
         return self._running.locked()
 
     def close(self) -> None:
-        """Close the connection, once the drain in progress has ended."""
+        """Close the connections, once the drain in progress has ended."""
+        if self._second is not None:
+            self._second.join()
         with self._running:
             self._disconnect()
 

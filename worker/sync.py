@@ -38,8 +38,9 @@ CLAIM_SECONDS: Final = 5.0
 @dataclass(slots=True)
 class Batch:
     """What one transaction did, in events; `freshness` is the seconds from Svix's signature to visible, of each. Those
-    that were `left` are pending still."""
+    that were `left` are pending still; `asked` is how many it would have taken."""
 
+    asked: int = BATCH
     claimed: int = 0
     left: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -57,26 +58,28 @@ def drain(
     batch: int = BATCH,
     behind: int = 0,
     observe: Callable[[Batch], None] = lambda _: None,
+    go_on: Callable[[Batch], bool] = lambda batch: batch.claimed + batch.left > 0,
 ) -> int:
     """Apply everything that is pending, until a claim finds nothing; returns the number of events claimed.
 
     The first batch is of at most `batch` events, and each one that is done allows twice as many, up to BATCH.
     The `behind` oldest ones are left out, and are to have their turn again after BATCH_SECONDS.
-    `observe` is called with each batch after its commit. Raises psycopg.Error where Postgres can't do it now: nothing
-    is lost, and the caller tries again later.
+    `observe` is called with each batch after its commit, and then `go_on` says whether there is to be another.
+    Raises psycopg.Error where Postgres can't do it now: nothing is lost, and the caller tries again later.
     """
     total = 0
-    until = time.monotonic() + BATCH_SECONDS if behind else float("inf")
     wait = False
+    until = time.monotonic() + BATCH_SECONDS if behind else float("inf")
     while time.monotonic() < until:
         done = drain_batch(connection, policy, batch, behind, wait=wait)
-        if not done.claimed + done.left:
+        if done.claimed + done.left:
+            total += done.claimed
+            wait = bool(done.left)
+            batch = min(batch * 2, max(batch, BATCH))
+            users.warn(done.crossings, policy.budget)
+            observe(done)
+        if not go_on(done):
             break
-        wait = bool(done.left)
-        total += done.claimed
-        batch = min(batch * 2, max(batch, BATCH))
-        users.warn(done.crossings, policy.budget)
-        observe(done)
     return total
 
 
@@ -89,7 +92,7 @@ def drain_batch(
     where it would have to, the event is put back, as `left` counts, and is to take the long way next.
     """
     started = time.perf_counter()
-    result = Batch()
+    result = Batch(batch)
     with deadline(connection, BATCH_SECONDS), connection.transaction():
         # After a failure a claim has more time: where much of the inbox's index is dead, it may need that.
         with deadline(connection, CLAIM_SECONDS if batch >= BATCH else BATCH_SECONDS):

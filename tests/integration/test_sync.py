@@ -15,7 +15,7 @@ import pytest
 
 from tests.events import changed, deleted, incoming
 from tests.waiting import until
-from worker import db, inbox, sync
+from worker import db, inbox, sweeper, sync
 from worker.db import Connection
 from worker.policy import Policy
 from worker.sweeper import Drainer
@@ -277,3 +277,53 @@ def test_events_that_take_too_long_together_are_applied_by_fewer_at_a_time(conne
     assert any(drainer.ring("sweep") for _ in range(10))
     drainer.close()
     assert states(connection) == {"done": 20}
+
+
+def test_a_backlog_is_drained_in_two_lanes_and_each_event_once(
+    connect: Connect, database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (sync, sweeper):
+        monkeypatch.setattr(module, "BATCH", 10)
+    connection = connect()
+    record(connection, *(changed(f"user_{number:03}", version) for version in (1, 2) for number in range(200)))
+    opened = []
+
+    def open_one() -> Connection:
+        opened.append(db.connect(database_url, "worker"))
+        return opened[-1]
+
+    drainer = Drainer(open_one, Policy())
+    with caplog.at_level("INFO", "worker.sweeper"):
+        assert drainer.ring("sweep")
+        drainer.close()
+    claimed = [vars(line)["claimed"] for line in caplog.records if line.message == "batch applied"]
+    assert len(opened) >= 2
+    assert all(one.closed for one in opened)
+    assert sum(claimed) == 400
+    assert states(connection) == {"done": 400}
+    assert connection.execute("select count(*) from clerk.users where version = 2").fetchone() == (200,)
+
+
+def test_what_comes_soon_after_needs_no_wake_up_and_a_stop_does_not_wait_for_silence(
+    connect: Connect, database_url: str
+) -> None:
+    connection = connect()
+    record(connection, changed("user_a"))
+    drainer = Drainer(lambda: db.connect(database_url, "worker"), Policy(), linger=60)
+    with ThreadPoolExecutor(1) as pool:
+        ringing = pool.submit(drainer.ring, "sweep")
+        try:
+            until(lambda: states(connection) == {"done": 1})
+            record(connection, changed("user_b"))
+            until(lambda: states(connection) == {"done": 2})
+        finally:
+            drainer.stop()
+        assert ringing.result(5)
+    drainer.close()
+
+
+def test_of_two_deadlines_the_earlier_one_comes_first_though_it_was_set_last(connect: Connect) -> None:
+    patient, hasty = connect(), connect()
+    with db.deadline(patient, 60), pytest.raises(psycopg.OperationalError), db.deadline(hasty, 0.05):
+        hasty.execute("select pg_sleep(10)")
+    assert patient.execute("select 1").fetchone() == (1,)
