@@ -97,11 +97,12 @@ class Claimed:
 
 
 # Claimed events are marked done at once: if the transaction ends otherwise, they never were. Rows locked by another
-# worker are passed over. By ctid, since they are locked and theirs stays. The second step keeps one batch's bodies
-# within what a worker can hold in memory; the rows beyond are let go with the transaction.
+# worker are passed over. The second step keeps one batch's bodies within what a worker can hold in memory; the rows
+# beyond are let go with the transaction. By ctid, since the rows are locked and theirs stays; and joined once more for
+# the bodies, which otherwise each step would hand on, and the update itself no longer has.
 CLAIM = """
 with locked as materialized (
-  select ctid as place, svix_id, received_at, body, octet_length(body) as size
+  select ctid as place, received_at, svix_id, octet_length(body) as size
   from clerk.webhook_events
   where state = 'pending'
   order by received_at
@@ -109,14 +110,14 @@ with locked as materialized (
   for update skip locked
 ),
 sized as (
-  select *, sum(size) over (order by received_at, svix_id) - size as before from locked
+  select place, sum(size) over (order by received_at, svix_id) - size as before from locked
 )
 update clerk.webhook_events as events
-set state = 'done', processed_at = clock_timestamp(), attempts = attempts + 1, error = null, body = null
-from sized
-where events.ctid = sized.place and before < %(bytes)s
+set state = 'done', processed_at = clock_timestamp(), attempts = events.attempts + 1, error = null, body = null
+from sized, clerk.webhook_events as claimed
+where events.ctid = sized.place and claimed.ctid = sized.place and before < %(bytes)s
 returning
-  events.svix_id, sized.body, greatest(extract(epoch from clock_timestamp() - events.sent_at), 0)::float8 as age
+  claimed.svix_id, claimed.body, greatest(extract(epoch from clock_timestamp() - claimed.sent_at), 0)::float8 as age
 """
 
 CLAIM_BYTES: Final = 4 * 1024 * 1024
