@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from celery import Celery
 from kombu import Connection as BrokerConnection
@@ -77,6 +77,7 @@ class Publisher:
         self._app = app
         self._connection: BrokerConnection | None = None
         self._producer: Producer | None = None
+        self._channel: Any = None  # to look through: making one for each look costs a web process a quarter of its time
 
     def __call__(self) -> None:
         """Publish. Raises BrokerDown; the next call connects anew."""
@@ -87,11 +88,14 @@ class Publisher:
                     connection.connect()
                     self._producer = self._app.amqp.Producer(connection.channel())
                     self._connection = connection
-                if queue_length(connection) == 0:
+                # A broker that isn't Redis may close it, where there is no queue yet.
+                if self._channel is None or not getattr(self._channel, "is_open", True):
+                    self._channel = connection.channel()
+                if queue_length(self._channel) == 0:
                     self._app.send_task(
                         tasks.DRAIN, queue=QUEUE, producer=self._producer, retry=False, ignore_result=True
                     )
         except BrokerDown:
-            self._connection = self._producer = None
+            self._connection = self._producer = self._channel = None
             hang_up(connection)
             raise

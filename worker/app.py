@@ -161,7 +161,8 @@ def waiting(app: Celery) -> int | None:
     try:
         with reaching():
             connection.connect()
-            return queue_length(connection)
+            with connection.channel() as channel:
+                return queue_length(channel)
     except BrokerDown:
         return None
     finally:
@@ -198,12 +199,10 @@ def hang_up(connection: BrokerConnection) -> None:
         connection.release()
 
 
-def queue_length(connection: BrokerConnection) -> int:
-    """Messages waiting in our queue."""
-    channel: Any
-    with connection.channel() as channel:
-        try:
-            return int(channel.queue_declare(QUEUE, passive=True).message_count)
-        except ChannelError:
-            # No such queue yet; on Redis, an empty one.
-            return 0
+def queue_length(channel: Any) -> int:
+    """Messages waiting in our queue. Some brokers close the channel where there is no such queue yet."""
+    try:
+        return int(channel.queue_declare(QUEUE, passive=True).message_count)
+    except ChannelError:
+        # On Redis, an empty one.
+        return 0
