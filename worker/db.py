@@ -50,14 +50,21 @@ ANSWER_SECONDS: Final = 5.0
 """How long a fresh connection's first answers may take: its Postgres may fall silent after it was made."""
 
 
-def connect(database_url: str, name: str, *, statement_ms: int = 30_000, lock_ms: int = 10_000) -> Connection:
+def connect(
+    database_url: str,
+    name: str,
+    *,
+    statement_ms: int = 30_000,
+    lock_ms: int = 10_000,
+    answer_seconds: float = ANSWER_SECONDS,
+) -> Connection:
     """Open a connection in autocommit, named `clerk-sync NAME` in pg_stat_activity.
 
     `statement_ms` and `lock_ms` limit every statement and every wait for a lock. Raises psycopg.OperationalError.
     """
     connection = psycopg.connect(database_url, autocommit=True, application_name=f"clerk-sync {name}", **_CONNECT)
     try:
-        with deadline(connection, ANSWER_SECONDS):
+        with deadline(connection, answer_seconds):
             connection.execute(LIMITS, {"statement_ms": statement_ms, "lock_ms": lock_ms})
     except BaseException:
         connection.close()
