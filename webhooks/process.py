@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -31,6 +32,7 @@ class Worker(base.Worker):
 
     def run(self) -> None:
         """Serve until told to stop, or until the master is gone."""
+        gc.freeze()  # what was loaded before the fork stays: no need to look at it again and again
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
