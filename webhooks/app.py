@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from flask import Flask, Response, g, jsonify, request
+from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
 
-from webhooks.connections import LARGEST_BODY
-from webhooks.signature import Delivery, Verify
+from webhooks.connections import LARGEST_BODY, SINCE
+from webhooks.signature import NAMES, Delivery, Verify
 from worker import metrics
 from worker.errors import SignatureError, Unavailable
-from worker.events import Ignored, Unusable, UserChanged, UserDeleted, parse_event
+from worker.events import Ignored, Unusable, UserChanged, UserDeleted, read_event
 from worker.inbox import Incoming
 
 log = logging.getLogger(__name__)
 
-UNREADABLE: Final = {"error": "the body can't be read"}
+UNREADABLE: Final = "the body can't be read"
 LATER: Final = {"error": "the event can't be taken now; deliver it again"}
 RETRY: Final = {"Retry-After": "5"}  # seconds
 
+_SIGNATURE_HEADERS: Final = tuple((f"HTTP_{name.upper().replace('-', '_')}", name) for name in sorted(NAMES))
+
 Answer = tuple[Response, int] | tuple[Response, int, Mapping[str, str]]
+Record = Callable[[Incoming, float], Callable[[], bool]]
+
+
+class Promised(Response):
+    """An answer that is known once its delivery is committed. Whoever asks for its first byte waits for that: WSGI
+    lets an application say its status as late as then, so that a server may call it for others in between."""
+
+    def __init__(self, promise: Callable[[], Response]) -> None:
+        super().__init__()
+        self._promise = promise
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+        yield from self._promise()(environ, start_response)
 
 
 def create_app(
     *,
     verify: Verify,
-    record: Callable[[Incoming], bool],
+    record: Record,
     ring: Callable[[], None],
     problems: Callable[[], list[str]],
     counts: Callable[[], dict[str, Any] | None],
@@ -37,9 +54,9 @@ def create_app(
 ) -> Flask:
     """Build the receiver.
 
-    `verify` raises SignatureError; `record` commits a delivery and says whether it was new, or raises Unavailable;
-    `ring` says that there is work and never waits; `problems` lists why the service isn't ready; `counts` is what
-    the inbox counted, None where Postgres doesn't answer.
+    `verify` raises SignatureError; `record` takes a delivery and since when it was whole, and gives what commits it and
+    says whether it was new, and both may raise Unavailable; `ring` says that there is work and never waits; `problems`
+    lists why the service isn't ready; `counts` is what the inbox counted, None where Postgres doesn't answer.
     """
     app = Flask("clerk-sync", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
@@ -50,16 +67,17 @@ def create_app(
     app.register_error_handler(HTTPException, _http_error)
 
     @app.post("/webhooks/clerk", provide_automatic_options=False)
-    def webhook() -> Answer:
+    def webhook() -> Response:
+        environ = request.environ
+        since = _since()
         body = _body()
         if body is None:
-            return _answer("refused", 400, UNREADABLE, {"reason": UNREADABLE["error"]})
-        g.started = time.perf_counter()
+            return _answer("refused", since, {"reason": UNREADABLE}, {"error": UNREADABLE})
         try:
-            delivery = verify(request.headers, body)
+            delivery = verify({name: environ[key] for key, name in _SIGNATURE_HEADERS if key in environ}, body)
         except SignatureError as error:
-            return _answer("refused", 400, {"error": str(error)}, {"reason": str(error), "size": len(body)})
-        return _take(delivery, body, record, ring, instance_id)
+            return _answer("refused", since, {"reason": str(error), "size": len(body)}, {"error": str(error)})
+        return _take(delivery, body, since, record=record, ring=ring, instance_id=instance_id)
 
     @app.get("/healthz")
     def healthz() -> Answer:
@@ -80,19 +98,21 @@ def create_app(
 def _take(
     delivery: Delivery,
     body: bytes,
-    record: Callable[[Incoming], bool],
+    since: float,
+    *,
+    record: Record,
     ring: Callable[[], None],
     instance_id: str | None,
-) -> Answer:
-    """Record an authentic delivery, and answer it."""
+) -> Response:
+    """Take an authentic delivery: an answer, or the promise of one where it is to be recorded."""
     known: dict[str, Any] = {"svix_id": delivery.svix_id, "size": len(body)}
     event_type: str | None
     user_id: str | None
     version: int | None
     error: str | None
-    match parse_event(body, instance_id=instance_id):
+    match read_event(body, instance_id=instance_id):
         case event_type, Ignored(reason=reason):
-            return _answer("ignored", 200, {"status": "ignored"}, known | {"type": event_type, "reason": reason})
+            return _answer("ignored", since, known | {"type": event_type, "reason": reason})
         case Unusable(type=event_type, user_id=user_id, reason=reason):
             version, error = None, reason
             known |= {"type": event_type, "user_id": user_id, "reason": reason}
@@ -101,39 +121,59 @@ def _take(
             known |= {"type": event_type, "user_id": user_id}
     incoming = Incoming(delivery.svix_id, delivery.sent_at, body, event_type, user_id, version, error)
     try:
-        new = record(incoming)
+        committed = record(incoming, since)
     except Unavailable as unavailable:
-        return _answer("unavailable", 503, LATER, known | {"reason": str(unavailable)}, RETRY)
-    if not new:
-        return _answer("duplicate", 200, {"status": "duplicate"}, known)
-    if error is not None:
-        return _answer("dead", 202, {"status": "dead"}, known)
-    ring()
-    return _answer("accepted", 202, {"status": "accepted"}, known)
+        return _answer("unavailable", since, known | {"reason": str(unavailable)})
+
+    def promise() -> Response:
+        try:
+            new = committed()
+        except Unavailable as unavailable:
+            return _answer("unavailable", since, known | {"reason": str(unavailable)})
+        if not new:
+            return _answer("duplicate", since, known)
+        if error is not None:
+            return _answer("dead", since, known)
+        ring()
+        return _answer("accepted", since, known)
+
+    return Promised(promise)
 
 
+_ANSWERS: Final[Mapping[str, tuple[int, Mapping[str, str]]]] = {
+    "accepted": (202, {"status": "accepted"}),
+    "duplicate": (200, {"status": "duplicate"}),
+    "ignored": (200, {"status": "ignored"}),
+    "dead": (202, {"status": "dead"}),
+    "refused": (400, {}),
+    "too_large": (413, {"error": "the body is over 1 MiB"}),
+    "unavailable": (503, LATER),
+}
 _QUIET: Final = frozenset({"accepted", "duplicate", "ignored"})
 
+_counter: Final = functools.cache(metrics.DELIVERIES.labels)
 
-def _answer(
-    answer: str,
-    status: int,
-    body: Mapping[str, str],
-    known: Mapping[str, Any],
-    headers: Mapping[str, str] | None = None,
-) -> Answer:
-    """Answer one delivery: count it, and write its line."""
-    seconds = time.perf_counter() - g.started if "started" in g else 0.0
-    metrics.DELIVERIES.labels(answer).inc()
+
+def _answer(answer: str, since: float, known: Mapping[str, Any], said: Mapping[str, str] | None = None) -> Response:
+    """Answer one delivery: count it, and write its line. It may be called when its request is over for Flask."""
+    status, usual = _ANSWERS[answer]
+    seconds = time.monotonic() - since
+    _counter(answer).inc()
     metrics.ACK.observe(seconds)
     quiet = answer in _QUIET and known.get("reason") != "another instance"
     fields = {"answer": answer, "status": status, "ms": round(seconds * 1000, 1), **known}
     log.log(logging.INFO if quiet else logging.WARNING, "delivery", extra=fields)
-    return jsonify(body), status, headers or {}
+    body = json.dumps(said or usual, separators=(",", ":")) + "\n"
+    return Response(body, status, RETRY if status == 503 else None, mimetype="application/json")
 
 
-def _too_large(_: RequestEntityTooLarge) -> Answer:
-    return _answer("too_large", 413, {"error": "the body is over 1 MiB"}, {})
+def _since() -> float:
+    """When the last byte of this request came, or now, where the server doesn't say."""
+    return float(request.environ.get(SINCE) or time.monotonic())
+
+
+def _too_large(_: RequestEntityTooLarge) -> Response:
+    return _answer("too_large", _since(), {})
 
 
 def _failed(_: InternalServerError) -> Answer:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import io
 import json
 import logging
+import queue
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -49,9 +52,15 @@ REQUEST_COSTS: Final = 4096
 SWALLOWED: Final = 8 * LARGEST_BODY
 """How much is read on, and dropped, after a refusal: whoever is still sending would miss the answer."""
 
+TOGETHER: Final = 100
+"""The most deliveries that one thread takes at a time."""
+
 NO_MORE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 Application = Callable[..., Iterable[bytes]]
+
+SINCE: Final = "clerk_sync.since"
+"""In a request's environ: when its last byte came, by time.monotonic()."""
 
 # Threads of their own: whoever asks for metrics must not hold up deliveries, nor the question whether we live.
 DELIVERY: Final = "delivery"
@@ -88,8 +97,8 @@ class Limits:
     connections: int = 4000
     waiting: int = 1000
     """Whole requests at a time; more would wait for a thread longer than is any use."""
-    waiting_seconds: float = 10.0
-    """For a thread. Svix hangs up after 15 s, of which Postgres may take 4."""
+    waiting_seconds: float = 3.0
+    """For a thread. A delivery is to be answered within 5 s, whatever Postgres does."""
     held_bytes: int = 64 * 1024 * 1024
     """Of all requests that are being read or answered."""
 
@@ -107,6 +116,10 @@ class Request:
     head_size: int = 0
 
 
+Waiting = tuple["Connection", Request, float]
+Answered = tuple["Connection", Request, bytes]
+
+
 class Connections:
     """All connections of one process. Everything but the application runs in the event loop's thread."""
 
@@ -115,18 +128,18 @@ class Connections:
         self.stopping = False
         self._application = application
         self._loop = asyncio.get_running_loop()
-        self._threads = {
-            DELIVERY: ThreadPoolExecutor(threads, DELIVERY),
-            ALIVE: ThreadPoolExecutor(1, ALIVE),
-            OTHER: ThreadPoolExecutor(2, OTHER),
-        }
+        self._threads = {ALIVE: ThreadPoolExecutor(1, ALIVE), OTHER: ThreadPoolExecutor(2, OTHER)}
+        self._deliveries: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
+        self._delivering = [threading.Thread(target=self._deliver, name=DELIVERY, daemon=True) for _ in range(threads)]
+        for thread in self._delivering:
+            thread.start()
         self._listeners: Sequence[socket.socket] = ()
         # Each in the order of since when.
         self._by_state: dict[str, dict[Connection, None]] = {
             state: {} for state in (IDLE, READING, ANSWERING, STUCK, OVER)
         }
         self._opening: set[asyncio.Task[Any]] = set()
-        self._answering = dict.fromkeys(self._threads, 0)
+        self._answering = dict.fromkeys((DELIVERY, ALIVE, OTHER), 0)
         self._held = 0
 
     # Coming and going
@@ -200,25 +213,57 @@ class Connections:
         if self._answering[lane] >= self.limits.waiting:
             return False
         self._answering[lane] += 1
-        self._threads[lane].submit(self._answer, connection, request, time.monotonic())
+        waiting = connection, request, time.monotonic()
+        if lane == DELIVERY:
+            self._deliveries.put(waiting)
+        else:
+            self._threads[lane].submit(self._answer, [waiting])
         return True
 
-    def _answer(self, connection: Connection, request: Request, since: float) -> None:
-        try:
-            if time.monotonic() - since > self.limits.waiting_seconds:
-                log.warning("a request was refused", extra={"status": 503, "reason": "it waited too long for a thread"})
-                answer = refusal(503)
-            else:
-                answer = run(self._application, request, connection.address)
-        except Exception:
-            log.critical("answering failed", exc_info=True)
-            answer = refusal(503)
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._answered, connection, request, answer)
+    def _deliver(self) -> None:
+        """Answer deliveries, one thread all that wait at a time: what they have in common is then done once."""
+        while waiting := self._deliveries.get():
+            together = [waiting]
+            with contextlib.suppress(queue.Empty):
+                while len(together) < TOGETHER:
+                    if (waiting := self._deliveries.get_nowait()) is None:
+                        self._deliveries.put(None)
+                        break
+                    together.append(waiting)
+            self._answer(together)
 
-    def _answered(self, connection: Connection, request: Request, answer: bytes) -> None:
-        self._answering[lane_of(request)] -= 1
-        connection.answered(request, answer)
+    def _answer(self, together: Sequence[Waiting]) -> None:
+        """Call the application for each, and only then read the answers that it doesn't know yet."""
+        known: list[Answered] = []
+        unknown: list[tuple[Connection, Request, Answer]] = []
+        for connection, request, since in together:
+            try:
+                if time.monotonic() - since > self.limits.waiting_seconds:
+                    reason = "it waited too long for a thread"
+                    log.warning("a request was refused", extra={"status": 503, "reason": reason})
+                    known.append((connection, request, refusal(503)))
+                    continue
+                answer = Answer(self._application, environ(request, connection.address, since))
+                if answer.begun:
+                    known.append((connection, request, answer.whole()))
+                else:
+                    unknown.append((connection, request, answer))
+            except Exception:
+                log.critical("answering failed", exc_info=True)
+                known.append((connection, request, refusal(503)))
+        if known:
+            self._send(known)
+        if unknown:
+            self._send([(connection, request, whole(answer)) for connection, request, answer in unknown])
+
+    def _send(self, answers: list[Answered]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._answered, answers)
+
+    def _answered(self, answers: list[Answered]) -> None:
+        for connection, request, answer in answers:
+            self._answering[lane_of(request)] -= 1
+            connection.answered(request, answer)
 
     # Stopping
 
@@ -244,6 +289,8 @@ class Connections:
         for those in self._by_state.values():
             for connection in list(those):
                 connection.cut()
+        for _ in self._delivering:
+            self._deliveries.put(None)
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -264,6 +311,7 @@ class Connection(asyncio.Protocol):
         self._refusal: int | None = None  # how to answer what follows
         self._last = False  # whether nothing follows
         self._unsent = False  # whether the client doesn't take its answer
+        self._ended = False  # whether the client sends no more
         self._in_hand = False  # whether a thread answers
         self._held = 0
         self._piece = 0  # the size of what was read last
@@ -298,6 +346,8 @@ class Connection(asyncio.Protocol):
                 self._refuse_rest(413)
             if self._request and not self._request.method and not self._whole and self._held > HELD_OF_HEAD:
                 self._refuse_rest(431)
+        if self._state == ANSWERING and not self._transport.is_closing():
+            self._transport.pause_reading()  # what follows can wait; most send nothing until they are answered
         self._go_on()
 
     def eof_received(self) -> bool:
@@ -306,9 +356,9 @@ class Connection(asyncio.Protocol):
             return False
         if self._request is not None:
             self._refuse_rest(400)
-        self._last = True
+        self._last = self._ended = True
         self._go_on()
-        return self._state != OVER  # there is nobody to linger for
+        return self._state != OVER
 
     def pause_writing(self) -> None:
         """Wait for the client to take its answer."""
@@ -444,12 +494,12 @@ class Connection(asyncio.Protocol):
         if state == self._state:
             return
         self._connections.moved(self, self._state, state)
-        reads = state in {IDLE, READING, OVER}
-        if reads != self._transport.is_reading() and not self._transport.is_closing():
-            if reads:
-                self._transport.resume_reading()
-            else:
+        # While it is answered it goes on reading until something comes: to stop each time costs calls of the kernel.
+        if self._transport.is_reading() != (state != STUCK) and not self._transport.is_closing():
+            if state == STUCK:
                 self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
         self._state = state
         self.deadline = time.monotonic() + seconds
 
@@ -492,7 +542,10 @@ class Connection(asyncio.Protocol):
         self._transport.write(closing(refusal(status)))
         with contextlib.suppress(OSError):  # the client is gone since; the loop hears of it by itself
             self._transport.write_eof()
-        self._finish(self._limits.linger_seconds)
+        if self._ended:
+            self._close()  # there is nobody to linger for
+        else:
+            self._finish(self._limits.linger_seconds)
 
     def _finish(self, seconds: float | None = None) -> None:
         self._become(OVER, seconds or self._limits.answer_seconds)
@@ -511,27 +564,46 @@ def lane_of(request: Request) -> str:
     return ALIVE if request.target == b"/healthz" else OTHER
 
 
-def run(application: Application, request: Request, address: tuple[str, int]) -> bytes:
-    """Have a WSGI application answer a request; the whole answer."""
-    said: list[tuple[str, list[tuple[str, str]]]] = []
+class Answer:
+    """What a WSGI application answers: it may say so at once, or only once it is asked for the body."""
 
-    def start_response(status: str, headers: list[tuple[str, str]], _error: object = None) -> Callable[[bytes], object]:
-        said[:] = [(status, headers)]
-        return parts.append
+    def __init__(self, application: Application, environ: dict[str, Any]) -> None:
+        self._said: tuple[str, list[tuple[str, str]]] | None = None
+        self._parts: list[bytes] = []
+        self._found = application(environ, self._start)
 
-    parts: list[bytes] = []
-    found = application(environ(request, address), start_response)
+    def _start(self, status: str, headers: list[tuple[str, str]], _error: object = None) -> Callable[[bytes], object]:
+        self._said = status, headers
+        return self._parts.append
+
+    @property
+    def begun(self) -> bool:
+        """Whether the application has said how it answers."""
+        return self._said is not None
+
+    def whole(self) -> bytes:
+        """All of it, as it goes over the wire."""
+        try:
+            self._parts.extend(self._found)
+        finally:
+            if close := getattr(self._found, "close", None):
+                close()
+        if self._said is None:
+            raise RuntimeError("the application gave no status")
+        return written(*self._said, b"".join(self._parts))
+
+
+def whole(answer: Answer) -> bytes:
+    """All of an answer, or a refusal where the application fails."""
     try:
-        parts.extend(found)
-    finally:
-        if close := getattr(found, "close", None):
-            close()
-    ((status, headers),) = said
-    return written(status, headers, b"".join(parts))
+        return answer.whole()
+    except Exception:
+        log.critical("answering failed", exc_info=True)
+        return refusal(503)
 
 
-def environ(request: Request, address: tuple[str, int]) -> dict[str, Any]:
-    """A request as WSGI wants it. Nothing in it tells who sent it."""
+def environ(request: Request, address: tuple[str, int], since: float) -> dict[str, Any]:
+    """A request as WSGI wants it, and since when it was whole. Nothing in it tells who sent it."""
     target = request.target
     if not target.startswith(b"/"):  # the form that proxies send: http://host/path
         target = b"/" + target.partition(b"://")[2].partition(b"/")[2]
@@ -551,25 +623,35 @@ def environ(request: Request, address: tuple[str, int]) -> dict[str, Any]:
         "wsgi.multithread": True,
         "wsgi.multiprocess": True,
         "wsgi.run_once": False,
+        SINCE: since,
     }
     for name, value in request.headers:
-        # An underscore would pass for a hyphen; and the body is whole already, however it was sent.
-        if b"_" not in name and name not in {b"content-length", b"transfer-encoding"}:
-            key = (
-                "CONTENT_TYPE"
-                if name == b"content-type"
-                else f"HTTP_{name.decode('latin-1').upper().replace('-', '_')}"
-            )
+        if key := _environ_key(name):
             text = value.decode("latin-1")
             found[key] = f"{found[key]},{text}" if key in found else text
     found["CONTENT_LENGTH"] = str(len(request.body))
     return found
 
 
+# As many names as senders use; whoever makes up others pushes out each other's.
+@functools.lru_cache(maxsize=256)
+def _environ_key(name: bytes) -> str:
+    """What WSGI calls a header; nothing for what no application may see."""
+    # An underscore would pass for a hyphen; and the body is whole already, however it was sent.
+    if b"_" in name or len(name) > 100 or name in {b"content-length", b"transfer-encoding"}:
+        return ""
+    return "CONTENT_TYPE" if name == b"content-type" else f"HTTP_{name.decode('latin-1').upper().replace('-', '_')}"
+
+
 def written(status: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
     """An answer as it goes over the wire."""
-    lines = [f"HTTP/1.1 {status}", f"Date: {formatdate(usegmt=True)}", *(f"{name}: {value}" for name, value in headers)]
-    return "\r\n".join((*lines, "", "")).encode("latin-1") + body
+    lines = [f"HTTP/1.1 {status}", _date(int(time.time())), *[f"{name}: {value}" for name, value in headers], "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+@functools.lru_cache(maxsize=1)
+def _date(seconds: int) -> str:
+    return f"Date: {formatdate(seconds, usegmt=True)}"
 
 
 def refusal(status: int) -> bytes:

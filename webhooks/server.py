@@ -15,8 +15,8 @@ loglevel = "warning"
 # By name: it counts, and may be loaded only once it is settled where to, below.
 worker_class = "webhooks.process.Worker"
 workers = int(os.environ.get("WEB_CONCURRENCY") or 2)
-# A thread is taken by whole requests only, and waits for the commit that it shares.
-threads = 8
+# For deliveries: each takes all that wait, and commits them together while another one takes the next.
+threads = 2
 bind = f"0.0.0.0:{os.environ.get('PORT') or 8000}"
 backlog = 2048
 # Loaded once and shared: the processes fork from it. Connections and threads come with the first request.

@@ -35,7 +35,7 @@ Verify = Callable[[Headers, bytes], Delivery]
 
 _FIELDS: Final = ("id", "timestamp", "signature")
 _FAMILIES: Final = ("svix", "webhook")
-_NAMES: Final = frozenset(f"{family}-{field}" for family in _FAMILIES for field in _FIELDS)
+NAMES: Final = frozenset(f"{family}-{field}" for family in _FAMILIES for field in _FIELDS)
 
 _ID: Final = re.compile(r"[!-~]{1,255}")
 # As it was signed: Svix's library reads a float, and would take " 1e9", "1_0" or leading zeros just as well.
@@ -96,7 +96,7 @@ def _signature_headers(headers: Headers) -> tuple[str, str, str]:
     sent: dict[str, str] = {}
     for name, value in headers.items():
         lower = name.lower()
-        if lower in _NAMES:
+        if lower in NAMES:
             if lower in sent:
                 raise SignatureError(_DOUBLED)
             sent[lower] = value

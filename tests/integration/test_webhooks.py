@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import socket
@@ -24,6 +25,7 @@ from webhooks.recorder import Recorder
 from webhooks.signature import make_verifier
 from worker import db, inbox, sync
 from worker.db import Connection
+from worker.errors import Unavailable
 from worker.policy import Policy
 
 
@@ -33,7 +35,8 @@ class Receiver:
     def __init__(self, database_url: str, *, instance_id: str | None = None, limit_seconds: float = 4.0) -> None:
         self.rings = 0
         self.recorder = Recorder(
-            lambda: db.connect(database_url, "receiver", statement_ms=3000), limit_seconds=limit_seconds
+            lambda: db.connect(database_url, "receiver", statement_ms=3000, answer_seconds=1),
+            limit_seconds=limit_seconds,
         )
         health = Health(lambda: db.connect(database_url, "health"))
         app = create_app(
@@ -184,7 +187,7 @@ def test_an_error_that_nobody_thought_of_is_a_503_and_its_text_stays_inside(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiver.client.application, "testing", False)
-    monkeypatch.setattr("webhooks.app.parse_event", lambda *_, **__: int("c4nary"))
+    monkeypatch.setattr("webhooks.app.read_event", lambda *_, **__: int("c4nary"))
     answer = receiver.post(changed())
     assert answer.status_code == 503
     assert answer.headers["Retry-After"]
@@ -217,33 +220,30 @@ def test_a_log_line_tells_the_delivery_and_nothing_of_its_content(
 def test_a_burst_shares_its_commits_and_each_delivery_gets_its_own_answer(
     receiver: Receiver, connect: Callable[[], Connection]
 ) -> None:
-    connection, watch = connect(), connect()
+    connection = connect()
     before = connection.execute("select txid_current()").fetchone() or (0,)
-    with ThreadPoolExecutor(60) as pool:
-        with connection.transaction():
-            # While the table is locked the deliveries pile up, and then go in together.
-            connection.execute("lock table clerk.webhook_events in exclusive mode")
-            answers = [pool.submit(receiver.recorder.record, _incoming(number % 30)) for number in range(60)]
-            until(lambda: _waiting(watch))
-        new = [answer.result(10) for answer in answers]
-    assert sum(new) == 30
-    assert len(stored(connection)) == 30
+    promises = [receiver.recorder.record(_incoming(number % 120)) for number in range(150)]
+    assert stored(connection) == []
+    assert sum(promise() for promise in promises) == 120
+    assert len(stored(connection)) == 120
     after = connection.execute("select txid_current()").fetchone() or (0,)
-    assert after[0] - before[0] < 30
+    assert after[0] - before[0] == 3, "a hundred deliveries a commit, and this look itself"
+
+
+def test_a_row_that_postgres_refuses_costs_the_others_of_its_commit_nothing(
+    receiver: Receiver, connect: Callable[[], Connection]
+) -> None:
+    odd = dataclasses.replace(_incoming(2), type="nul \0")
+    promises = [receiver.recorder.record(delivery) for delivery in (_incoming(1), odd, _incoming(3))]
+    assert promises[0]()
+    with pytest.raises(Unavailable):
+        promises[1]()
+    assert promises[2]()
+    assert len(stored(connect())) == 2
 
 
 def _incoming(number: int) -> inbox.Incoming:
     return incoming(changed(f"user_{number}"), f"msg_{number}")
-
-
-WAITING = """
-select count(*) from pg_stat_activity where application_name = 'clerk-sync receiver' and wait_event_type = 'Lock'
-"""
-
-
-def _waiting(connection: Connection) -> bool:
-    (count,) = connection.execute(WAITING).fetchone() or (0,)
-    return bool(count)
 
 
 def test_without_postgres_it_is_503_with_retry_after() -> None:
@@ -268,12 +268,15 @@ def silent_server() -> Iterator[int]:
 
 
 def test_a_postgres_that_never_answers_is_503_within_the_limit(silent_server: int) -> None:
-    receiver = Receiver(f"postgresql://nobody@127.0.0.1:{silent_server}/none", limit_seconds=1)
+    receiver = Receiver(f"postgresql://nobody@127.0.0.1:{silent_server}/none")
     with ThreadPoolExecutor(8) as pool:
         started = time.monotonic()
-        answers = [pool.submit(receiver.recorder.record, _incoming(number)) for number in range(8)]
-        assert all(type(answer.exception()).__name__ == "Unavailable" for answer in answers)
-        assert 1 <= time.monotonic() - started < 2
+        answers = [pool.submit(receiver.post, changed()) for _ in range(8)]
+        assert {answer.result().status_code for answer in answers} == {503}
+        assert time.monotonic() - started < 4.5
+    started = time.monotonic()
+    assert receiver.post(changed()).status_code == 503
+    assert time.monotonic() - started < 0.5, "while it is known to be away, nobody waits"
 
 
 def test_a_commit_that_hangs_is_given_up_and_the_next_one_succeeds(
@@ -284,8 +287,36 @@ def test_a_commit_that_hangs_is_given_up_and_the_next_one_succeeds(
         assert receiver.post(changed("user_a")).status_code == 202
         with connection.transaction():
             connection.execute("lock table clerk.webhook_events in exclusive mode")
+            started = time.monotonic()
             assert receiver.post(changed("user_b")).status_code == 503
+            assert time.monotonic() - started < 1
         until(lambda: receiver.post(changed("user_c")).status_code == 202)
+
+
+def test_delivery_that_has_waited_for_its_thread_has_the_less_time_for_its_commit(
+    database_url: str, connect: Callable[[], Connection]
+) -> None:
+    connection = connect()
+    with Receiver(database_url) as receiver, connection.transaction():
+        connection.execute("lock table clerk.webhook_events in exclusive mode")
+        started = time.monotonic()
+        promise = receiver.recorder.record(_incoming(1), started - 3)
+        with pytest.raises(Unavailable):
+            promise()
+        assert time.monotonic() - started < 1.5
+
+
+def test_an_error_that_nobody_thought_of_while_recording_is_a_503_for_all_of_the_commit(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("webhooks.recorder.inbox.record", lambda *_: int("c4nary"))
+    promises = [receiver.recorder.record(_incoming(number)) for number in range(2)]
+    for promise in promises:
+        with pytest.raises(Unavailable):
+            promise()
+    monkeypatch.undo()
+    assert receiver.post(changed()).status_code == 202
+    assert "recording failed" in caplog.messages
 
 
 def test_a_connection_that_died_while_idle_costs_nobody_a_503(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any, Final
 import pytest
 
 from tests.waiting import until
-from webhooks.connections import LARGEST_BODY, MOST_PIPELINED, Connections, Limits
+from webhooks.connections import LARGEST_BODY, MOST_PIPELINED, Application, Connections, Limits
 
 POST: Final = b"POST / HTTP/1.1\r\nHost: here\r\n"
 WHOLE: Final = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 3\r\n\r\nabc"
@@ -28,11 +29,13 @@ LONG: Final = Limits(request_seconds=60, idle_seconds=60, answer_seconds=60, lin
 class Door:
     """Connections in an event loop of their own."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, application: Application | None = None, threads: int = 2) -> None:
         self.taken: list[dict[str, Any]] = []
         self.go = threading.Event()
         self.go.set()
         self._limits = limits
+        self._application = application or self._answer
+        self._number = threads
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.port = self._listener.getsockname()[1]
         self._listening = threading.Event()
@@ -60,7 +63,7 @@ class Door:
         assert not self._thread.is_alive()
 
     async def _serve(self) -> None:
-        connections = self.connections = Connections(self._answer, 2, self._limits)
+        connections = self.connections = Connections(self._application, self._number, self._limits)
         connections.listen([self._listener])
         self._listening.set()
         while not self._stop.is_set():
@@ -207,14 +210,14 @@ def test_more_whole_requests_than_can_wait_are_answered_503(door: Callable[..., 
     opened = door(Limits(waiting=2, linger_seconds=60))
     opened.go.clear()
     first = [opened.connect(WHOLE) for _ in range(2)]
-    until(lambda: len(opened.taken) == 2)
+    until(lambda: len(opened.connections._by_state["answering"]) == 2)
     third = opened.connect(WHOLE)
     answer = third.recv(65536)
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"\r\nRetry-After: " in answer
     # Health and metrics don't wait for deliveries.
     other = opened.connect(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
-    until(lambda: len(opened.taken) == 3)
+    until(lambda: [one for one in opened.taken if one["REQUEST_METHOD"] == "GET"])
     opened.go.set()
     assert [status(client) for client in (*first, other)] == [200, 200, 200]
 
@@ -228,6 +231,44 @@ def test_pipelined_requests_are_answered_in_order_and_only_so_many_are_read_ahea
     assert [one["PATH_INFO"] for one in opened.taken] == [f"/{number}" for number in range(MOST_PIPELINED + 1)]
 
 
+def test_deliveries_that_wait_are_taken_together_and_what_is_known_at_once_waits_for_none_of_them() -> None:
+    taken: list[str] = []
+    committed, freed = threading.Event(), threading.Event()
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        taken.append(path := environ["PATH_INFO"])
+        if path == "/first":
+            freed.wait(10)
+        if path in {"/first", "/known"}:
+            start_response("200 OK", [("Content-Length", "0")])
+            return []
+        return promised(start_response)
+
+    def promised(start_response: Callable[..., Any]) -> Iterator[bytes]:
+        committed.wait(10)
+        start_response("202 Accepted", [("Content-Length", "0")])
+        yield b""
+
+    opened = Door(LONG, application, threads=1)
+    opened.start()
+    try:
+        post = b"POST /%s HTTP/1.1\r\nHost: here\r\nContent-Length: 0\r\n\r\n"
+        first = opened.connect(post % b"first")
+        until(lambda: taken)
+        later = [opened.connect(post % path) for path in (b"promised", b"known", b"promised")]
+        until(lambda: len(opened.connections._by_state["answering"]) == 4)
+        freed.set()
+        assert status(first) == 200
+        assert status(later[1]) == 200
+        assert sorted(taken) == ["/first", "/known", "/promised", "/promised"], "each was called before one was read"
+        committed.set()
+        assert [status(later[0]), status(later[2])] == [202, 202]
+    finally:
+        freed.set()
+        committed.set()
+        opened.join()
+
+
 def test_what_follows_a_whole_request_is_refused_after_its_answer(door: Callable[..., Door]) -> None:
     opened = door()
     client = opened.connect(WHOLE + b"\x16\x03\x01 nonsense\r\n\r\n")
@@ -235,6 +276,27 @@ def test_what_follows_a_whole_request_is_refused_after_its_answer(door: Callable
     answers = rest(client)
     assert answers.startswith(b"HTTP/1.1 200 ")
     assert b"HTTP/1.1 400 " in answers
+
+
+def test_what_comes_while_a_request_is_answered_is_answered_after_it(door: Callable[..., Door]) -> None:
+    opened = door()
+    opened.go.clear()
+    client = opened.connect(WHOLE)
+    until(lambda: opened.taken)
+    held = opened.held()
+    client.sendall(WHOLE.replace(b"abc", b"def") + HALF)
+    until(lambda: opened.held() > held)
+    client.sendall(b"x" * 1000)  # isn't read until then
+    opened.go.set()
+    assert rest_of(client, 2).count(b"HTTP/1.1 200 OK") == 2
+
+
+def rest_of(client: socket.socket, answers: int) -> bytes:
+    """So many answers."""
+    found = b""
+    while found.count(b"HTTP/1.1 ") < answers or not found.endswith((b"abc", b"def")):
+        found += client.recv(65536)
+    return found
 
 
 def test_request_that_begins_behind_another_one_is_read_on(door: Callable[..., Door]) -> None:
@@ -343,11 +405,18 @@ def test_connection_that_is_over_keeps_nothing_of_what_it_read(door: Callable[..
         gc.enable()
 
 
+def answered_by(door: Door, requests: int) -> bool:
+    """Whether so many requests are whole, and the two threads have one each."""
+    return len(door.connections._by_state["answering"]) == requests and len(door.taken) == min(requests, 2)
+
+
 def test_request_that_waited_too_long_for_a_thread_is_answered_503_and_not_taken(door: Callable[..., Door]) -> None:
     opened = door(Limits(waiting_seconds=0.2))
     opened.go.clear()
-    clients = [opened.connect(WHOLE) for _ in range(4)]
-    until(lambda: len(opened.connections._by_state["answering"]) == 4)
+    clients = []
+    for number in range(1, 5):
+        clients.append(opened.connect(WHOLE))
+        until(functools.partial(answered_by, opened, number), what="a thread for each of the first two")
     whole = time.monotonic()
     until(lambda: time.monotonic() - whole > 0.2)
     opened.go.set()
