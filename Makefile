@@ -4,10 +4,11 @@
 #   make test            every check
 #   make faults          everything broken that can break, for half an hour, and what it cost; ARGS=--help
 #   make soak            a steady load with faults for 20 minutes: does anything grow; ARGS=--help
+#   make bench           how fast it is, beside the usual designs, in ten minutes; ARGS=--help
 #   make fuzz            what reads others' bytes, fuzzed for a minute; ARGS="--seconds 600" for longer
 #   make lock            after a change of dependencies in pyproject.toml
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit integration acceptance faults soak fuzz format lock clean
+.PHONY: help demo test lint types unit integration acceptance faults soak bench fuzz format lock clean
 ARGS ?=
 # The first Python that is new enough; PYTHON=/path/to/python overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -66,6 +67,9 @@ faults: $(READY)
 
 soak: $(READY)
 	@$(BIN)/python -m tests.faults.soak $(ARGS)
+
+bench: $(READY)
+	@$(BIN)/python -m bench $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix
