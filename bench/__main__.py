@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench import acks, servers
+from bench import acks, drain, limits, servers
 from bench.report import Check, checks_table, machine
 from worker.errors import ConfigError, SyncError
 
@@ -33,7 +33,7 @@ class Part(Protocol):
     checks: Callable[[Sequence[Any]], list[Check]]
 
 
-PARTS: Final[dict[str, Any]] = {"acks": acks}
+PARTS: Final[dict[str, Any]] = {"acks": acks, "drain": drain, "limits": limits}
 
 
 @click.command(context_settings={"max_content_width": 110})

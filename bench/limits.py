@@ -1,0 +1,173 @@
+"""What this machine and these servers can do at most: each step that every receiver must take, alone."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
+from typing import Final
+
+import psycopg
+from rich.table import Table
+from svix.webhooks import Webhook
+
+from bench import databases
+from bench.population import MADE_AT, SHAPES, body, user_id
+from bench.report import Check, spread, table
+from bench.servers import Servers
+
+PROCESSES: Final = 2
+"""As many as our receiver has."""
+
+START_SECONDS: Final = 30.0
+
+Tell = Callable[[str], None]
+"""What is being measured, as each part of it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How much is measured. The defaults take half a minute."""
+
+    rounds: int = 3
+    seconds: float = 2.0
+    """Of each."""
+    writers: tuple[int, ...] = (2, 4, 16)
+    """Connections that insert, over two processes. Our receiver has two, one for each process."""
+
+
+SHORT: Final = Options(rounds=1, seconds=0.2, writers=(2,))
+"""Everything once: it works."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How often one step was taken, in one round."""
+
+    what: str
+    round: int
+    a_second: float
+
+
+def run(servers: Servers, options: Options, tell: Tell) -> list[Limit]:
+    """Measure each in turns."""
+    found: list[Limit] = []
+    for number in range(options.rounds):
+        tell("limits: signature check alone")
+        checks_a_second = verified(servers.signing_secret, options.seconds)
+        found.append(Limit("signature check alone, one process", number, checks_a_second))
+        for writers in options.writers:
+            tell(f"limits: insert and commit alone, {writers} connections")
+            what = f"insert and commit alone, {writers} connections of {PROCESSES} processes"
+            found.append(Limit(what, number, inserted(servers, writers, options.seconds)))
+    return found
+
+
+def steps(options: Options) -> int:
+    """How often `run` tells."""
+    return options.rounds * (1 + len(options.writers))
+
+
+# --- Signatures
+
+
+def verified(secret: str, seconds: float) -> float:
+    """How many bodies a second Svix's library verifies, in one thread."""
+    webhook = Webhook(secret)
+    now = datetime.now(UTC)
+    signed = []
+    for number in range(SHAPES):
+        text, svix_id = body(number, MADE_AT, 0).decode(), f"msg_2b{number:025d}"
+        headers = {
+            "svix-id": svix_id,
+            "svix-timestamp": str(int(now.timestamp())),
+            "svix-signature": webhook.sign(svix_id, now, text),
+        }
+        signed.append((text, headers))
+    count, began = 0, time.perf_counter()
+    while (lasted := time.perf_counter() - began) < seconds:
+        text, headers = signed[count % SHAPES]
+        webhook.verify(text, headers)
+        count += 1
+    return count / lasted
+
+
+# --- Inserts
+
+# Columns and indexes as the inbox has them, whatever those are.
+INBOX = """
+drop table if exists inbox_alone;
+create table inbox_alone (like clerk.webhook_events including all)
+"""
+INSERT = """
+insert into inbox_alone (svix_id, sent_at, type, user_id, version, body)
+values (%s, now(), 'user.updated', %s, %s, %b)
+"""
+
+
+def inserted(servers: Servers, writers: int, seconds: float) -> float:
+    """How many events a second so many connections insert and commit, one event at a time."""
+    database = databases.ready_inbox(servers)
+    with servers.connect(database) as connection:
+        connection.execute(INBOX)
+        connection.execute("checkpoint")
+    spawn = get_context("spawn")
+    together = spawn.Barrier(writers)
+    counts: SimpleQueue[int] = spawn.SimpleQueue()
+    of_each = writers // PROCESSES
+    started = [
+        spawn.Process(target=_insert, args=(servers.database_url(database), of_each, seconds, together, counts))
+        for _ in range(PROCESSES)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(START_SECONDS + seconds)
+        if process.exitcode != 0:
+            process.kill()
+            raise RuntimeError(f"a process that inserts ended with {process.exitcode}")
+    return sum(counts.get() for _ in range(writers)) / seconds
+
+
+def _insert(url: str, writers: int, seconds: float, together: Barrier, counts: SimpleQueue[int]) -> None:
+    """One of the processes: its connections insert, from the moment when all of every process are there."""
+    bodies = [body(number, MADE_AT, 0) for number in range(SHAPES)]
+
+    def write(writer: int) -> None:
+        count = 0
+        with psycopg.connect(url, autocommit=True) as connection:
+            together.wait(START_SECONDS)
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                number = count % SHAPES
+                svix_id = f"msg_2b{os.getpid():010d}{writer:03d}{count:012d}"
+                connection.execute(INSERT, (svix_id, user_id(number), MADE_AT, bodies[number]))
+                count += 1
+        counts.put(count)
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+# --- What is shown
+
+
+def tables(found: Sequence[Limit]) -> list[Table]:
+    """One row for each."""
+    what = dict.fromkeys(limit.what for limit in found)
+    rows = [(name, spread(limit.a_second for limit in found if limit.what == name)) for name in what]
+    return [table("At most, here", ("", "a second"), rows)]
+
+
+def checks(_: Sequence[Limit]) -> list[Check]:
+    """None: these are what others are held against."""
+    return []
