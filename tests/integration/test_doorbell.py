@@ -60,6 +60,21 @@ def test_one_waiting_wake_up_is_enough(broker: redis.Redis, redis_url: str) -> N
     assert broker.llen(QUEUE) == 1
 
 
+def test_the_publisher_looks_and_sends_over_the_connections_it_has(broker: redis.Redis, redis_url: str) -> None:
+    def connections() -> int:
+        found: dict[str, Any] = broker.info("stats")
+        return int(found["total_connections_received"])
+
+    publish = Publisher(create_celery(redis_url))
+    publish()
+    before = connections()
+    for _ in range(5):
+        publish()
+        broker.delete(QUEUE)
+        publish()
+    assert connections() == before
+
+
 def test_a_burst_of_rings_is_a_few_publishes_and_the_last_ring_is_heard() -> None:
     published: list[float] = []
     doorbell = Doorbell(lambda: published.append(time.monotonic()))
