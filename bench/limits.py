@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import os
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from multiprocessing import get_context
-from multiprocessing.queues import SimpleQueue
-from multiprocessing.synchronize import Barrier
 from typing import Final
 
-import psycopg
 from rich.table import Table
 from svix.webhooks import Webhook
 
 from bench import databases
-from bench.population import MADE_AT, SHAPES, body, user_id
+from bench.contenders import ROOT
+from bench.population import MADE_AT, SHAPES, body
 from bench.report import Check, spread, table
 from bench.servers import Servers
 
 PROCESSES: Final = 2
 """As many as our receiver has."""
-
-START_SECONDS: Final = 30.0
 
 Tell = Callable[[str], None]
 """What is being measured, as each part of it begins."""
@@ -105,10 +102,6 @@ INBOX = """
 drop table if exists inbox_alone;
 create table inbox_alone (like clerk.webhook_events including all)
 """
-INSERT = """
-insert into inbox_alone (svix_id, sent_at, type, user_id, version, body)
-values (%s, now(), 'user.updated', %s, %s, %b)
-"""
 
 
 def inserted(servers: Servers, writers: int, seconds: float) -> float:
@@ -117,45 +110,40 @@ def inserted(servers: Servers, writers: int, seconds: float) -> float:
     with servers.connect(database) as connection:
         connection.execute(INBOX)
         connection.execute("checkpoint")
-    spawn = get_context("spawn")
-    together = spawn.Barrier(writers)
-    counts: SimpleQueue[int] = spawn.SimpleQueue()
-    of_each = writers // PROCESSES
-    started = [
-        spawn.Process(target=_insert, args=(servers.database_url(database), of_each, seconds, together, counts))
-        for _ in range(PROCESSES)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(START_SECONDS + seconds)
-        if process.exitcode != 0:
+    command = [sys.executable, "-c", "from bench.inserter import main; main()", str(writers // PROCESSES), str(seconds)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DATABASE_URL": servers.database_url(database)}
+    with ExitStack() as stack:
+        started = [stack.enter_context(_process(command, environment)) for _ in range(PROCESSES)]
+        for process in started:
+            _line(process)
+        for process in started:
+            _begin(process)
+        return sum(int(_line(process)) for process in started) / seconds
+
+
+@contextmanager
+def _process(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process, killed at the end of a `with` block if it still runs."""
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
             process.kill()
-            raise RuntimeError(f"a process that inserts ended with {process.exitcode}")
-    return sum(counts.get() for _ in range(writers)) / seconds
 
 
-def _insert(url: str, writers: int, seconds: float, together: Barrier, counts: SimpleQueue[int]) -> None:
-    """One of the processes: its connections insert, from the moment when all of every process are there."""
-    bodies = [body(number, MADE_AT, 0) for number in range(SHAPES)]
+def _begin(process: subprocess.Popen[str]) -> None:
+    if process.stdin:
+        process.stdin.write("begin\n")
+        process.stdin.flush()
 
-    def write(writer: int) -> None:
-        count = 0
-        with psycopg.connect(url, autocommit=True) as connection:
-            together.wait(START_SECONDS)
-            until = time.monotonic() + seconds
-            while time.monotonic() < until:
-                number = count % SHAPES
-                svix_id = f"msg_2b{os.getpid():010d}{writer:03d}{count:012d}"
-                connection.execute(INSERT, (svix_id, user_id(number), MADE_AT, bodies[number]))
-                count += 1
-        counts.put(count)
 
-    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(writers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def _line(process: subprocess.Popen[str]) -> str:
+    said = process.stdout.readline() if process.stdout else ""
+    if not said:
+        raise RuntimeError("a process that inserts has ended: its error stands above")
+    return said
 
 
 # --- What is shown

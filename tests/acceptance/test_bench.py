@@ -14,6 +14,7 @@ import pytest
 
 ROOT: Final = Path(__file__).parent.parent.parent
 CONTENDERS: Final = {"ours", "inline", "task per event", "insert alone"}
+UPSERTS: Final = {"bulk upsert alone (unnest)", "bulk upsert alone (executemany)"}
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,21 @@ def test_every_figure_is_measured(told: Mapping[str, Any]) -> None:
                 assert 0 < visible[1] < 60_000, level
     assert all(math.isfinite(check["median"]) for check in told["checks"])
     assert {check["target"] for check in told["checks"]} >= {1.5, 2.5, 0.7, 0.5}
+
+
+def test_a_backlog_is_drained_whole_by_each(told: Mapping[str, Any]) -> None:
+    drained = {one["contender"]: one for one in told["figures"]["drain"]}
+    assert drained.keys() == {"ours", "task per event", *UPSERTS}
+    for one in drained.values():
+        assert one["rows_a_second"] > 0, one
+        assert (one["cpu_ms"] is not None) == (sys.platform == "linux")
+    options = told["options"]["drain"]
+    assert drained["ours"]["events"] == options["backlog"]
+    assert drained["task per event"]["events"] == options["messages"]
+    assert {check["target"] for check in told["checks"]} >= {15, 0.6}
+
+
+def test_what_the_machine_can_do_at_most_is_measured(told: Mapping[str, Any]) -> None:
+    limits = {one["what"]: one["a_second"] for one in told["figures"]["limits"]}
+    assert len(limits) == 2
+    assert all(a_second > 0 for a_second in limits.values())
