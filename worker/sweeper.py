@@ -30,8 +30,9 @@ SWEEP_SECONDS: Final = 2.0
 BACKOFF_SECONDS: Final = (0.5, 4.0)
 """The first and the longest wait after a failure; each wait is halved or kept at random, so that workers spread."""
 
-LOOK_SECONDS: Final = 0.02
-"""The least time from a batch that took all there was to the next: so that many events share a commit."""
+REST_SECONDS: Final = (0.02, 0.2)
+"""The least and the longest time from a batch that took all there was to the next: so that many events share a commit.
+Between these, twice as long as the batch took: where everything is busy, acknowledging comes before applying."""
 
 LINGER_SECONDS: Final = 0.5
 """How long a drain looks on after the last event, as they seldom come alone: that takes no wake-up for each."""
@@ -148,7 +149,9 @@ class Drainer:
             return False
         if not self._linger or batch.claimed * 2 >= batch.asked:
             return batch.claimed + batch.left > 0
-        return now - self._latest < self._linger and not self._stopping.wait(LOOK_SECONDS)
+        least, longest = REST_SECONDS
+        rest = min(max(least, 2 * batch.seconds), longest)
+        return now - self._latest < self._linger and not self._stopping.wait(rest)
 
     def _open_second_lane(self, cause: str) -> None:
         if self._second is None or not self._second.is_alive():
