@@ -43,15 +43,15 @@ def ratios(above: Iterable[float], below: Iterable[float]) -> list[float]:
     return [one / other for one, other in zip(above, below, strict=True) if other]
 
 
-def spread(values: Iterable[float | None]) -> str:
-    """The median, and the smallest and largest, where there are any."""
+def spread(values: Iterable[float | None], between: str = " ") -> str:
+    """The median, and after what is to stand `between` the least and the most, where there are any."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
     middle = figure(statistics.median(known))
     if len(known) == 1:
         return middle
-    return f"{middle} [dim]({figure(min(known))}-{figure(max(known))})[/dim]"
+    return f"{middle}{between}[dim]({figure(min(known))}-{figure(max(known))})[/dim]"
 
 
 def figure(value: float) -> str:
