@@ -63,7 +63,8 @@ def main(parts: tuple[str, ...], short: bool, json_path: Path | None, **given: A
     insert alone    our web server, and an insert and commit for each request: the least that must be done
 
     acks sends deliveries at fixed rates, whether or not they are answered, and then as many as are taken: how fast
-    they are answered, when their users are visible in Postgres, and what it costs.
+    they are answered, when their users are visible in Postgres, and what it costs. drain has a backlog applied, and
+    limits measures the signature check and the commit by themselves.
 
     Everything runs on this machine: what else runs here shows in the figures. Shown are medians over the rounds, with
     the least and the most.

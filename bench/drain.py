@@ -16,7 +16,7 @@ from bench import contenders, cost, databases
 from bench.contenders import Contender, Running
 from bench.population import body, chosen, rival_row, user_id
 from bench.report import Check, ratios, spread, table
-from bench.rivals import celery
+from bench.rival_upsert import celery
 from bench.servers import Connection, Servers
 
 LIMIT_SECONDS: Final = 120.0

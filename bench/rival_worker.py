@@ -3,7 +3,7 @@
 import os
 import warnings
 
-from bench.rivals import celery
+from bench.rival_upsert import celery
 
 # Celery warns of root for the sake of pickle, which this app doesn't take.
 warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
