@@ -26,6 +26,7 @@ from typing import BinaryIO, Final, cast
 from bench.population import body, chosen, user_id
 
 LARGEST_ANSWER: Final = 65_536
+PATIENCE: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Order:
     seconds: float
     """When to stop sending where there is no rate."""
     connections: int = 32
-    patience: float = 2.0
+    patience: float = PATIENCE
     """With a rate, sending ends once a request waits for an answer or a connection for so long."""
 
 
