@@ -33,6 +33,7 @@ class Incoming:
 # aside comes in again (a replay). Duplicates are left out before `on conflict` sees them: it would wait for a worker
 # that holds them, and everybody else's delivery with it. A replay is taken from `new`, not from `excluded`: Postgres
 # asks whoever reads a column of that for the privilege to read it in the table, and a receiver may not read bodies.
+# Asked for the state itself, Postgres looks each id up; asked whether a pending row exists, it read all of them.
 RECORD = """
 with new as materialized (
   select
@@ -50,9 +51,9 @@ insert into clerk.webhook_events as events
   (svix_id, sent_at, type, user_id, version, state, error, processed_at, body)
 select svix_id, sent_at, type, user_id, version, state, error, processed_at, body
 from new
-where not exists (
-  select from clerk.webhook_events as waiting where waiting.svix_id = new.svix_id and waiting.state = 'pending'
-)
+where (
+  select waiting.state from clerk.webhook_events as waiting where waiting.svix_id = new.svix_id
+) is distinct from 'pending'
 on conflict (svix_id) do update set
   (sent_at, type, user_id, version, state, error, processed_at, body) = (
     select sent_at, type, user_id, version, state, error, processed_at, body
