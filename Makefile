@@ -43,12 +43,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Two processes, each with servers of its own; the files of integration tests share what they set up.
-unit integration: $(READY)
+# Two processes, each with servers of its own; a file's tests share what they set up, but for unit tests.
+unit integration acceptance: $(READY)
 	$(BIN)/pytest --numprocesses 2 --dist $(if $(filter unit,$@),load,loadfile) tests/$@ $(ARGS)
-
-acceptance: $(READY)
-	$(BIN)/pytest tests/$@ $(ARGS)
 
 # In an environment of its own, so that the tests' isn't changed. What it learns stays in .fuzz.
 FUZZ := .fuzz/venv
