@@ -21,6 +21,7 @@ from worker.inbox import Incoming
 
 log = logging.getLogger(__name__)
 
+JSON: Final = "application/json"
 UNREADABLE: Final = "the body can't be read"
 LATER: Final = {"error": "the event can't be taken now; deliver it again"}
 RETRY: Final = {"Retry-After": "5"}  # seconds
@@ -36,7 +37,7 @@ class Promised(Response):
     lets an application say its status as late as then, so that a server may call it for others in between."""
 
     def __init__(self, promise: Callable[[], Response]) -> None:
-        super().__init__()
+        super().__init__(content_type=JSON)
         self._promise = promise
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
@@ -156,15 +157,25 @@ _counter: Final = functools.cache(metrics.DELIVERIES.labels)
 
 def _answer(answer: str, since: float, known: Mapping[str, Any], said: Mapping[str, str] | None = None) -> Response:
     """Answer one delivery: count it, and write its line. It may be called when its request is over for Flask."""
-    status, usual = _ANSWERS[answer]
+    status, _ = _ANSWERS[answer]
     seconds = time.monotonic() - since
     _counter(answer).inc()
     metrics.ACK.observe(seconds)
     quiet = answer in _QUIET and known.get("reason") != "another instance"
     fields = {"answer": answer, "status": status, "ms": round(seconds * 1000, 1), **known}
     log.log(logging.INFO if quiet else logging.WARNING, "delivery", extra=fields)
-    body = json.dumps(said or usual, separators=(",", ":")) + "\n"
-    return Response(body, status, RETRY if status == 503 else None, mimetype="application/json")
+    return _said(status, said) if said else _usual(answer)
+
+
+@functools.cache
+def _usual(answer: str) -> Response:
+    """Whole, and the same one each time: nobody changes it."""
+    return _said(*_ANSWERS[answer])
+
+
+def _said(status: int, said: Mapping[str, str]) -> Response:
+    body = json.dumps(said, separators=(",", ":")) + "\n"
+    return Response(body, status, RETRY if status == 503 else None, content_type=JSON)
 
 
 def _since() -> float:

@@ -38,11 +38,11 @@ def configure(log_format: str, log_level: str) -> None:
     if log_format == "json":
         renderer = structlog.processors.JSONRenderer()
     else:
-        renderer = structlog.processors.LogfmtRenderer(
-            key_order=["time", "level", "logger", "event"], drop_missing=True, bool_as_flag=False
-        )
-    # Nothing is written of a record's process and thread, so nobody need ask for them.
+        renderer = structlog.processors.LogfmtRenderer(bool_as_flag=False)
+    # Nothing is written of a record's process, thread and place, so nobody need ask for them.
+    # https://docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # type: ignore[attr-defined]  # noqa: SLF001
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Line(renderer))
     root = logging.getLogger()
@@ -66,13 +66,14 @@ class _Line(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, without its end."""
+        fields = vars(record)
         event: dict[str, Any] = {
-            "event": record.getMessage(),
+            "time": datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
             "level": record.levelname.lower(),
             "logger": record.name,
+            "event": record.getMessage(),
         }
-        event.update((name, value) for name, value in vars(record).items() if name not in _EVERY_RECORD)
-        event["time"] = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        event |= {name: value for name, value in fields.items() if name not in _EVERY_RECORD}
         if record.exc_info:
             _tell_where_not_what(event, record.exc_info[1])
         return str(self._renderer(None, "", _on_one_line(event)))
