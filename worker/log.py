@@ -42,7 +42,7 @@ def configure(log_format: str, log_level: str) -> None:
     # Nothing is written of a record's process, thread and place, so nobody need ask for them.
     # https://docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # type: ignore[attr-defined]  # noqa: SLF001
+    logging._srcfile = None  # noqa: SLF001
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Line(renderer))
     root = logging.getLogger()
