@@ -131,12 +131,10 @@ def _take(
             new = committed()
         except Unavailable as unavailable:
             return _answer("unavailable", since, known | {"reason": str(unavailable)})
-        if not new:
-            return _answer("duplicate", since, known)
-        if error is not None:
+        if new and error is not None:
             return _answer("dead", since, known)
-        ring()
-        return _answer("accepted", since, known)
+        ring()  # for a duplicate too: the one before it may have been committed when its connection died
+        return _answer("accepted" if new else "duplicate", since, known)
 
     return Promised(promise)
 

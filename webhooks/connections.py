@@ -55,6 +55,9 @@ SWALLOWED: Final = 8 * LARGEST_BODY
 TOGETHER: Final = 100
 """The most deliveries that one thread takes at a time."""
 
+TOGETHER_BYTES: Final = 4 * LARGEST_BODY
+"""Once it has so much of their bodies it takes no more: they are parsed and committed within one delivery's time."""
+
 NO_MORE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 Application = Callable[..., Iterable[bytes]]
@@ -114,6 +117,7 @@ class Request:
     body: bytearray = field(default_factory=bytearray)
     keep_alive: bool = False
     head_size: int = 0
+    answered: bool = False
 
 
 Waiting = tuple["Connection", Request, float]
@@ -224,13 +228,19 @@ class Connections:
         """Answer deliveries, one thread all that wait at a time: what they have in common is then done once."""
         while waiting := self._deliveries.get():
             together = [waiting]
+            size = len(waiting[1].body)
             with contextlib.suppress(queue.Empty):
-                while len(together) < TOGETHER:
+                while len(together) < TOGETHER and size < TOGETHER_BYTES:
                     if (waiting := self._deliveries.get_nowait()) is None:
                         self._deliveries.put(None)
                         break
                     together.append(waiting)
-            self._answer(together)
+                    size += len(waiting[1].body)
+            try:
+                self._answer(together)
+            except BaseException:  # the thread goes on, whatever it was
+                self._send([(connection, request, refusal(503)) for connection, request, _ in together])
+                log.critical("answering failed", exc_info=True)
 
     def _answer(self, together: Sequence[Waiting]) -> None:
         """Call the application for each, and only then read the answers that it doesn't know yet."""
@@ -262,8 +272,15 @@ class Connections:
 
     def _answered(self, answers: list[Answered]) -> None:
         for connection, request, answer in answers:
+            if request.answered:
+                continue
+            request.answered = True
             self._answering[lane_of(request)] -= 1
-            connection.answered(request, answer)
+            try:
+                connection.answered(request, answer)
+            except Exception:
+                log.critical("sending an answer failed", exc_info=True)
+                connection.cut()
 
     # Stopping
 

@@ -48,8 +48,9 @@ class Doorbell:
         if self._thread is None:
             with self._starting:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="doorbell", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run, name="doorbell", daemon=True)
+                    thread.start()
+                    self._thread = thread
 
     def _run(self) -> None:
         complained = -COMPLAIN_SECONDS

@@ -22,7 +22,7 @@ except ConfigError as error:
 log.configure(settings.log_format, settings.log_level)
 health = Health(lambda: db.connect(settings.database_url, "health", statement_ms=2000, lock_ms=1000))
 recorder = Recorder(
-    lambda: db.connect(settings.database_url, "receiver", statement_ms=3000, lock_ms=2000, answer_seconds=1)
+    lambda: db.connect(settings.database_url, "receiver", statement_ms=3000, lock_ms=700, answer_seconds=1)
 )
 atexit.register(recorder.close)
 app = create_app(

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
 import psycopg
 
 from worker import inbox
-from worker.db import Connection, abandon, describe
+from worker.db import ROWS_FAULT, Connection, abandon, describe
 from worker.errors import Unavailable
 from worker.inbox import Incoming
 
@@ -39,6 +41,9 @@ WATCH_SECONDS: Final = 0.1
 
 TRY_SECONDS: Final = 0.5
 """How often Postgres is tried while it is away."""
+
+ONES_FAULT: Final = (*ROWS_FAULT, psycopg.errors.LockNotAvailable)
+"""What one delivery may bring upon those that are committed with it: its content, or a row that somebody holds."""
 
 TOOK_TOO_LONG: Final = (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable)
 
@@ -69,7 +74,8 @@ class Recorder:
         self._connect = connect
         self._limit = limit_seconds
         self._mine = threading.local()
-        self._idle: list[Connection] = []
+        # The one that was used last comes first: one is enough for a trickle.
+        self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
         self._busy: set[Batch] = set()
         self._work = threading.Event()
         self._down = False
@@ -95,8 +101,8 @@ class Recorder:
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
-        while self._idle:
-            self._idle.pop().close()
+        while (connection := self._at_hand()) is not None:
+            connection.close()
 
     def _outcome(self, batch: Batch, place: int) -> bool:
         if batch.outcomes is None:
@@ -113,8 +119,8 @@ class Recorder:
         batch.began = time.monotonic()
         batch.deadline = max(batch.since + self._limit, batch.began + min(LEAST_SECONDS, self._limit))
         self._busy.add(batch)
-        self._watch()
         try:
+            self._watch()
             return self._commit(batch, batch.deliveries)
         except Exception:
             log.critical("recording failed", exc_info=True)
@@ -131,12 +137,13 @@ class Recorder:
             recorded = self._record(batch, list(first.values()))
         except Unavailable as unavailable:
             return [unavailable] * len(deliveries)
-        except psycopg.OperationalError as error:
-            return self._refusals(deliveries, error)
-        except psycopg.Error as error:
+        except ONES_FAULT as error:
             if len(deliveries) == 1:
                 return self._refusals(deliveries, error)
+            # It ends with the batch's time: then `_record` refuses the rest.
             return [outcome for delivery in deliveries for outcome in self._commit(batch, [delivery])]
+        except psycopg.Error as error:
+            return self._refusals(deliveries, error)
         outcomes: list[Outcome] = []
         for delivery in deliveries:
             outcomes.append(delivery.svix_id in recorded)
@@ -148,17 +155,15 @@ class Recorder:
         if (connection := self._at_hand()) is not None:
             try:
                 return self._record_over(connection, batch, deliveries)
-            except psycopg.OperationalError as error:
-                # A dead session can look whole for a moment (the server says that it ends it before it hangs up).
-                # Not again what took its whole time: nobody would wait for it a second time.
+            except ROWS_FAULT:
+                raise
+            except psycopg.Error as error:
+                # A dead session can look whole for a moment (the server says that it ends it before it hangs up), and
+                # a server that takes no more writes has a successor. Not again what took its whole time: nobody would
+                # wait for it a second time.
                 if batch.cut or isinstance(error, TOOK_TOO_LONG):
                     raise
-        try:
-            connection = self._connect()
-        except psycopg.OperationalError:
-            self._down = True
-            raise
-        return self._record_over(connection, batch, deliveries)
+        return self._record_over(self._connected(batch), batch, deliveries)
 
     def _record_over(self, connection: Connection, batch: Batch, deliveries: list[Incoming]) -> set[str]:
         batch.connection = connection
@@ -174,15 +179,54 @@ class Recorder:
             raise
         finally:
             batch.connection = None
-        self._idle.append(connection)
+        self._idle.put(connection)
+        self._down = self._down and batch.cut
         return recorded
 
     def _at_hand(self) -> Connection | None:
-        """The connection that was used last: one is enough for a trickle."""
         try:
-            return self._idle.pop()
-        except IndexError:
+            return self._idle.get_nowait()
+        except queue.Empty:
             return None
+
+    def _connected(self, batch: Batch) -> Connection:
+        """A new connection; where there is none to be had but others are at work, the next one that is free."""
+        opening = self._open(batch)
+        error: psycopg.OperationalError | None = None
+        try:
+            return opening.result(batch.deadline - time.monotonic())
+        except TimeoutError:
+            opening.add_done_callback(self._keep)
+        except psycopg.OperationalError as found:
+            error = found
+        if self._idle.empty() and not any(other.connection for other in list(self._busy)):
+            self._down = True
+            raise error or Unavailable(AWAY)
+        try:
+            return self._idle.get(timeout=max(batch.deadline - time.monotonic(), 0))
+        except queue.Empty:
+            raise Unavailable(AWAY) from None
+
+    def _open(self, batch: Batch | None = None) -> Future[Connection]:
+        """Connect in a thread of its own: to look up a name, and to try each of its addresses, may take longer than
+        anybody has, and can't be cut."""
+        if batch is not None and (batch.cut or self._down):
+            raise Unavailable(SILENT if batch.cut else AWAY)
+        opening: Future[Connection] = Future()
+
+        def connect() -> None:
+            try:
+                opening.set_result(self._connect())
+            except BaseException as error:  # noqa: BLE001 - whoever waits for it is told
+                opening.set_exception(error)
+
+        threading.Thread(target=connect, name="connecting", daemon=True).start()
+        return opening
+
+    def _keep(self, opening: Future[Connection]) -> None:
+        """Keep a connection that came too late for whoever asked for it."""
+        if opening.exception() is None:
+            self._idle.put(opening.result())
 
     def _refusals(self, deliveries: list[Incoming], error: psycopg.Error) -> list[Outcome]:
         if time.monotonic() - self._complained >= COMPLAIN_SECONDS:
@@ -200,22 +244,29 @@ class Recorder:
         if self._watcher is None:
             with self._starting:
                 if self._watcher is None:
-                    self._watcher = threading.Thread(target=self._run, name="recorder", daemon=True)
-                    self._watcher.start()
+                    watcher = threading.Thread(target=self._run, name="recorder", daemon=True)
+                    watcher.start()
+                    self._watcher = watcher
 
     def _run(self) -> None:
         pause = threading.Event()  # never set: a wait that can be seen in a stack trace
+        opening: Future[Connection] | None = None
         tried = 0.0
         while True:
             self._work.wait()
             self._work.clear()
             while self._busy or self._down:
-                for batch in list(self._busy):
-                    self._look_at(batch)
-                # Not while commits are to be watched: connecting to a silent server takes seconds.
-                if self._down and not self._busy and time.monotonic() - tried >= TRY_SECONDS:
-                    self._try_again()
-                    tried = time.monotonic()
+                try:
+                    for batch in list(self._busy):
+                        self._look_at(batch)
+                    if self._down and opening is None and time.monotonic() - tried >= TRY_SECONDS:
+                        tried = time.monotonic()
+                        opening = self._open()
+                    if opening is not None and opening.done():
+                        opened, opening = opening, None
+                        self._find_out(opened)
+                except Exception:
+                    log.critical("watching commits failed", exc_info=True)
                 pause.wait(WATCH_SECONDS)
 
     def _look_at(self, batch: Batch) -> None:
@@ -223,19 +274,19 @@ class Recorder:
         now = time.monotonic()
         if batch.deadline > now and not (self._down and now - batch.began > LEAST_SECONDS):
             return
-        batch.cut = self._down = True
-        # What is idle goes the same way, more often than not.
-        self.close()
+        batch.cut = True
+        if now - batch.began > self._limit * 0.9:
+            # That was Postgres, and not our own queue. What is idle goes the same way, more often than not.
+            self._down = True
+            self.close()
         if (connection := batch.connection) is not None:
             abandon(connection)
 
-    def _try_again(self) -> None:
-        """Find out whether Postgres is back. Until then every delivery is refused at once, and holds no thread."""
-        try:
-            self._idle.append(self._connect())
-        except psycopg.Error:
-            return
-        except Exception:
-            log.critical("connecting failed", exc_info=True)
-            return
-        self._down = False
+    def _find_out(self, opening: Future[Connection]) -> None:
+        """Whether Postgres is back. Until then every delivery is refused at once, and holds no thread."""
+        error = opening.exception()
+        if error is None:
+            self._idle.put(opening.result())
+            self._down = False
+        elif not isinstance(error, psycopg.Error):
+            log.critical("connecting failed", exc_info=error)

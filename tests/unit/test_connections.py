@@ -18,7 +18,7 @@ from typing import Any, Final
 import pytest
 
 from tests.waiting import until
-from webhooks.connections import LARGEST_BODY, MOST_PIPELINED, Application, Connections, Limits
+from webhooks.connections import LARGEST_BODY, MOST_PIPELINED, Application, Connection, Connections, Limits
 
 POST: Final = b"POST / HTTP/1.1\r\nHost: here\r\n"
 WHOLE: Final = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 3\r\n\r\nabc"
@@ -80,6 +80,8 @@ class Door:
         self.go.wait(10)
         if environ["PATH_INFO"] == "/fail":
             raise ValueError("nobody thought of it")
+        if environ["PATH_INFO"] == "/exit":
+            sys.exit("the thread")
         body = environ["wsgi.input"].read() + b"." * int(environ["QUERY_STRING"] or 0)
         start_response("200 OK", [("Content-Length", str(len(body)))])
         return [body]
@@ -309,6 +311,16 @@ def test_application_that_fails_is_a_503_and_its_text_stays_inside(
     assert b"nobody thought" not in answer
 
 
+def test_application_that_ends_its_thread_is_a_503_for_all_that_it_had_and_the_thread_goes_on(
+    door: Callable[..., Door],
+) -> None:
+    opened = door()
+    for _ in range(5):  # more than there are threads
+        answer = rest(opened.connect(b"POST /exit HTTP/1.0\r\nContent-Length: 0\r\n\r\n"))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+    assert opened.connect(WHOLE).recv(65536).endswith(b"abc")
+
+
 def test_stop_ends_idle_connections_and_half_requests_and_sends_answers_that_are_under_way(
     door: Callable[..., Door],
 ) -> None:
@@ -392,7 +404,7 @@ def test_connection_that_is_over_keeps_nothing_of_what_it_read(door: Callable[..
     try:
         client = opened.connect(b"GET / HTTP/1.1\r\nX-A: " + b"b" * 30_000)
         until(lambda: opened.held() > 30_000)
-        parsers = [one for one in gc.get_objects() if type(one).__name__ == "Connection" and one._held > 30_000]
+        parsers = [one for one in gc.get_objects() if type(one) is Connection and one._held > 30_000]
         kept = weakref.ref(parsers.pop())
         client.close()
         until(lambda: kept() is None)
