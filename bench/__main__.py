@@ -38,7 +38,7 @@ PARTS: Final[dict[str, Any]] = {"acks": acks, "drain": drain, "limits": limits}
 
 @click.command(context_settings={"max_content_width": 110})
 @click.argument("parts", nargs=-1, type=click.Choice(["all", *PARTS]), metavar="[all|" + "|".join(PARTS) + "]...")
-@click.option("--rounds", type=click.IntRange(1, 10), help="How often each is measured, all taking turns.  [3]")
+@click.option("--rounds", type=click.IntRange(1, 10), help="How often each is measured, all taking turns.  [2]")
 @click.option("--seconds", type=click.FloatRange(0.2, 60), help="acks: how long at each rate.  [2.5]")
 @click.option("--rates", "--rate", multiple=True, type=click.IntRange(1, 20_000), help="acks: events a second; repeat.")
 @click.option("--users", multiple=True, type=click.IntRange(1000, 10_000_000), help="Populations; all is measured with "

@@ -34,7 +34,7 @@ Tell = Callable[[str], None]
 class Options:
     """How much is measured. The defaults take some five minutes."""
 
-    rounds: int = 3
+    rounds: int = 2
     seconds: float = 2.5
     """Of each level."""
     rates: tuple[int, ...] = (50, 200, 500, 1000, 2000)

@@ -43,7 +43,7 @@ Tell = Callable[[str], None]
 class Options:
     """How much is measured. The defaults take some five minutes."""
 
-    rounds: int = 3
+    rounds: int = 2
     backlog: int = 100_000
     """Of ours with the first share."""
     backlog_beside: int = 25_000

@@ -32,7 +32,7 @@ Tell = Callable[[str], None]
 class Options:
     """How much is measured. The defaults take half a minute."""
 
-    rounds: int = 3
+    rounds: int = 2
     seconds: float = 2.0
     """Of each."""
     writers: tuple[int, ...] = (2, 4, 16)

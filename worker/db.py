@@ -150,7 +150,8 @@ class _Deadlines:
                 for key, (due, connection) in list(self._due.items()):
                     if due <= now:
                         del self._due[key]
-                        abandon(connection)
+                        with contextlib.suppress(Exception):  # the thread goes on for the others
+                            abandon(connection)
                 wait = min((due for due, _ in self._due.values()), default=now + threading.TIMEOUT_MAX / 2) - now
                 self._wakes_at = now + wait
                 self._changed.wait(wait)

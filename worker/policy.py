@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from worker.template import ASSUMED_TEMPLATE, Template
 
@@ -16,6 +17,11 @@ class Copy(StrEnum):
     ALWAYS = "always"
     OVERSIZE = "oversize"
     NEVER = "never"
+
+
+WEIGHING: Final = 1
+"""How users are weighed; to be raised whenever the same user and settings come to weigh something else. Until then a
+sign-in leaves a row's weight as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class Policy:
     def __post_init__(self) -> None:
         said = repr(
             (
+                WEIGHING,
                 self.private.value,
                 self.public.value,
                 self.unsafe.value,

@@ -23,13 +23,16 @@ from worker import roles
 log = logging.getLogger(__name__)
 
 LOCK_ATTEMPTS = 5
+IN_USE = ("55P03", "40P01")
+"""The lock isn't to be had in time, or whoever has it waits for us."""
 
 
 def migrate(database_url: str) -> tuple[str | None, str]:
     """Run every pending step and grant what the roles need, in one transaction; returns the version before and after.
 
     Safe from several hosts at once: they wait for one another. Tries again where a step's lock isn't to be had within
-    4 s because of a long query. Raises sqlalchemy's OperationalError when Postgres can't be reached.
+    4 s because of a long query, or somebody who has it waits for one of ours. Raises sqlalchemy's OperationalError when
+    Postgres can't be reached.
     """
     url = sqlalchemy.make_url(database_url).set(drivername="postgresql+psycopg")
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args={"connect_timeout": 10})
@@ -38,7 +41,7 @@ def migrate(database_url: str) -> tuple[str | None, str]:
             with engine.connect() as connection:
                 return _upgrade(connection)
         except OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) != "55P03" or attempt == LOCK_ATTEMPTS:
+            if getattr(error.orig, "sqlstate", None) not in IN_USE or attempt == LOCK_ATTEMPTS:
                 raise
             log.warning("a table is in use; trying again", extra={"attempt": attempt})
             threading.Event().wait(random.uniform(0.5, 1.5) * attempt)  # noqa: S311 - jitter, not a secret

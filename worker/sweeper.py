@@ -78,6 +78,7 @@ class Drainer:
         self._stopping = threading.Event()
         self._second: threading.Thread | None = None
         self._latest = 0.0
+        self._resting = False
 
     def stop(self) -> None:
         """End after the batches in progress. What is pending then is another worker's, or waits for the next start."""
@@ -108,7 +109,7 @@ class Drainer:
             nonlocal done
             done += 1
             self._observe(batch, cause)
-            if batch.claimed >= BATCH and not self._behind:
+            if batch.full and batch.asked >= BATCH and not self._behind:
                 self._open_second_lane(cause)
 
         try:
@@ -141,17 +142,21 @@ class Drainer:
         return True
 
     def _goes_on(self, batch: Batch) -> bool:
-        """Whether to look for more: at once after a batch that was half full, else a moment later."""
+        """Whether to look for more: at once after a batch that was full or half so, else a moment later."""
         now = time.monotonic()
         if batch.claimed + batch.left:
             self._latest = now
         if self._stopping.is_set():
             return False
-        if not self._linger or batch.claimed * 2 >= batch.asked:
+        if not self._linger or batch.full or batch.claimed * 2 >= batch.asked:
             return batch.claimed + batch.left > 0
         least, longest = REST_SECONDS
         rest = min(max(least, 2 * batch.seconds), longest)
-        return now - self._latest < self._linger and not self._stopping.wait(rest)
+        self._resting = True
+        try:
+            return now - self._latest < self._linger and not self._stopping.wait(rest)
+        finally:
+            self._resting = False
 
     def _open_second_lane(self, cause: str) -> None:
         if self._second is None or not self._second.is_alive():
@@ -167,7 +172,7 @@ class Drainer:
                     self._policy,
                     batch=BATCH,
                     observe=lambda batch: self._observe(batch, cause),
-                    go_on=lambda batch: batch.claimed >= BATCH and not self._stopping.is_set(),
+                    go_on=lambda batch: batch.full and not self._stopping.is_set(),
                 )
         except psycopg.Error as error:
             log.info("the second lane ended; what it had is pending", extra={"error": describe(error)})
@@ -205,8 +210,8 @@ class Drainer:
         )
 
     def busy(self) -> bool:
-        """Whether a drain is running."""
-        return self._running.locked()
+        """Whether a drain is at work, and not resting."""
+        return self._running.locked() and not self._resting
 
     def close(self) -> None:
         """Close the connections, once the drain in progress has ended."""

@@ -38,11 +38,12 @@ CLAIM_SECONDS: Final = 5.0
 @dataclass(slots=True)
 class Batch:
     """What one transaction did, in events; `freshness` is the seconds from Svix's signature to visible, of each. Those
-    that were `left` are pending still; `asked` is how many it would have taken."""
+    that were `left` are pending still; `asked` is how many it would have taken, `full` whether there may be more."""
 
     asked: int = BATCH
     claimed: int = 0
     left: int = 0
+    full: bool = False
     outcomes: Counter[str] = field(default_factory=Counter)
     dead: dict[str, str] = field(default_factory=dict)
     freshness: list[float] = field(default_factory=list)
@@ -113,12 +114,15 @@ def drain_batch(
         same = {} if wait else _same(connection, policy, latest)
         _apply(connection, policy, {user_id: events[user_id] for user_id in latest if user_id not in same}, result)
         left = same.keys() - users.gate_known(connection, policy, list(same.values())) if same else set()
-        result.outcomes["unchanged"] += len(same) - len(left)
+        passed = same.keys() - left
+        result.outcomes["unchanged"] += len(passed)
+        result.outcomes["superseded"] += sum(len(events[user_id]) - 1 for user_id in passed)
         ids_left = {svix_id for user_id in left for svix_id, _ in events[user_id]}
         inbox.put_back(connection, [row for row in rows if row.svix_id in ids_left])
         inbox.set_aside(connection, [row for row in rows if row.svix_id in result.dead], result.dead)
     now = time.perf_counter()
     result.claimed, result.left = len(rows) - len(ids_left), len(ids_left)
+    result.full = len(rows) == batch or sum(len(row.body) for row in rows) >= inbox.CLAIM_BYTES
     result.replaced = sum(
         event.replaced
         for user_id, those in events.items()

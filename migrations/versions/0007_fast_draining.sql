@@ -1,5 +1,9 @@
 -- Most events are sign-ins: they bring nothing new, and what each of them costs is what draining costs.
 
+-- Locked at once, and before clerk.users: then no worker is in mid-batch, where it would go on writing users by the
+-- function as it was, which leaves the hash alone.
+lock table clerk.webhook_events in access exclusive mode;
+
 alter table clerk.users
   add column sent_hash bytea; -- of what the newest event sent, as it was sent; null where the row isn't that event's alone
 

@@ -59,6 +59,14 @@ def test_a_sign_in_moves_the_version_and_is_neither_weighed_nor_written(connect:
     assert version(connection) == [(2,)]
 
 
+def test_every_event_of_a_user_who_signed_in_several_times_is_counted_once(connect: Connect) -> None:
+    connection = connect()
+    deliver(connection, changed(version=1))
+    batch = deliver(connection, changed(version=2), changed(version=3), changed(version=4))
+    assert (outcomes(batch), batch.claimed) == ({"unchanged": 1, "superseded": 2}, 3)
+    assert version(connection) == [(4,)]
+
+
 def test_who_is_held_by_another_is_put_back_as_it_was_and_takes_the_long_way_next(connect: Connect) -> None:
     connection, other, watch = connect(), connect(), connect()
     deliver(connection, changed("user_a", 1), changed("user_b", 1))

@@ -61,6 +61,7 @@ def test_everything_pending_is_drained_in_batches(connect: Connect) -> None:
     batches: list[sync.Batch] = []
     assert sync.drain(connection, Policy(), batch=10, observe=batches.append) == 25
     assert [batch.claimed for batch in batches] == [10, 15], "each allows twice as many"
+    assert [batch.full for batch in batches] == [True, False]
     assert all(len(batch.freshness) == batch.claimed for batch in batches)
 
 
@@ -71,7 +72,9 @@ def test_a_batch_is_bounded_in_bytes_so_that_large_bodies_do_not_fill_the_memory
     with connection.transaction(force_rollback=True):
         claimed = inbox.claim(connection, 500)
     assert 4 <= len(claimed) <= 5
-    assert sync.drain(connection, Policy()) == 20
+    batches: list[sync.Batch] = []
+    assert sync.drain(connection, Policy(), observe=batches.append) == 20
+    assert all(batch.full for batch in batches[:3]), "there was more"
     assert states(connection) == {"done": 20}
 
 
