@@ -177,8 +177,8 @@ def set_aside(connection: Connection, rows: Sequence[Claimed], reasons: Mapping[
 FORGET_DELETED = """
 update clerk.webhook_events as events
 set state = 'done', body = null, error = 'the user was deleted', processed_at = now()
-from clerk.users
-where events.state = 'dead' and users.user_id = events.user_id and users.deleted_at is not null
+where events.state = 'dead'
+  and (select deleted_at from clerk.users where users.user_id = events.user_id) is not null -- joined, it reads them all
 """
 
 
