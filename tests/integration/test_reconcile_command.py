@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
@@ -282,7 +283,15 @@ def test_ctrl_c_at_a_terminal_ends_the_bar_and_says_what_stays(
     whole = {**os.environ, "TERM": "xterm", "COLUMNS": "100"} | {k: v for k, v in env.items() if v is not None}
     ours, its = pty.openpty()
     arguments = [sys.executable, "-m", "worker.cli", "reconcile"]
-    with subprocess.Popen(arguments, env=whole, stdout=subprocess.PIPE, stderr=its) as process:
+    # Whoever runs the tests in the background of a shell has it ignored, and so would the command.
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        arguments,
+        env=whole,
+        stdout=subprocess.PIPE,
+        stderr=its,
+        preexec_fn=heeded,  # noqa: PLW1509 - no other thread holds a lock that this needs
+    ) as process:
         at_call(clerk, 6, lambda: process.send_signal(signal.SIGINT))
         said, _ = process.communicate(timeout=60)
     os.close(its)
