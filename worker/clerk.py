@@ -14,7 +14,7 @@ from worker.api_budget import ApiBudget
 from worker.clerk_api import CLOCKS_APART_MS, MOST_IDS, ClerkApi, is_user_id
 from worker.db import Connection
 from worker.errors import ConfigError, SyncError
-from worker.events import Unusable, UserChanged, parse_user
+from worker.events import RESERVED, Unusable, UserChanged, parse_user
 from worker.settings import Settings
 
 EXAMPLES: Final = frozenset({"user_29w83sxmDNGwOuEthce5gg56FcC", "user_2g7np7Hrk0SN6kj5EDMLDaKNL0S"})
@@ -107,7 +107,11 @@ def another_instance(user_id: str) -> ConfigError:
 
 def askable(user_ids: Iterable[str]) -> list[str]:
     """Those of these users whom Clerk can be asked for, and may have."""
-    return [user_id for user_id in user_ids if is_user_id(user_id) and user_id not in EXAMPLES]
+    return [
+        user_id
+        for user_id in user_ids
+        if is_user_id(user_id) and user_id not in EXAMPLES and not user_id.startswith(RESERVED)
+    ]
 
 
 @dataclass(slots=True)

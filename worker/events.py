@@ -40,6 +40,9 @@ PROFILE: Final = (
 )
 """What a claims template can carry of a user besides metadata, id and version; the order of `UserChanged.profile`."""
 
+RESERVED: Final = "user_clerk_sync_check_"
+"""How the ids begin of users whom `clerk-sync check` makes up. Clerk has none of them, and isn't asked for them."""
+
 NULL: Final = b"null"
 NO_PROFILE: Final = (NULL,) * len(PROFILE)
 

@@ -365,13 +365,14 @@ def _sweep(connection: Connection, api: ClerkApi, total: int, use: Callable[[Bat
             connection.execute(SWEPT_NO_MORE)
 
 
-# Nobody else sees these tables; what is here and wasn't met is few users.
+# Nobody else sees these tables; what is here and wasn't met is few users. Whom `check` makes up, it removes by itself.
 FIND_UNSWEPT = """
 set local statement_timeout = '10min';
 analyze pg_temp.clerk_swept;
 create temporary table clerk_unswept as
 select user_id, version from clerk.users
-where deleted_at is null and not exists (select from pg_temp.clerk_swept as met where met.user_id = users.user_id);
+where deleted_at is null and not starts_with(user_id, 'user_clerk_sync_check_')
+  and not exists (select from pg_temp.clerk_swept as met where met.user_id = users.user_id);
 create index on pg_temp.clerk_unswept (user_id);
 """
 
