@@ -224,10 +224,16 @@ select rolname from pg_roles where rolname = any(%(names)s)
 """
 
 
+def there(connection: Connection) -> list[str]:
+    """The roles that are there."""
+    names = {name for (name,) in connection.execute(THERE, {"names": [role.name for role in ROLES]})}
+    return [role.name for role in ROLES if role.name in names]
+
+
 def incomplete(connection: Connection) -> list[str]:
     """The roles that aren't there, or lack something that they need."""
-    there = {name for (name,) in connection.execute(THERE, {"names": [role.name for role in ROLES]})}
-    return [role.name for role in ROLES if role.name not in there or ask(connection, role, as_role=True).lacking]
+    found = there(connection)
+    return [role.name for role in ROLES if role.name not in found or ask(connection, role, as_role=True).lacking]
 
 
 SCHEMA: Final = "schema"
