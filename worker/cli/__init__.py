@@ -19,6 +19,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "demo": ("worker.cli.demo", "Run the whole system and show what it does with signed events."),
     "migrate": ("worker.cli.migrate", "Bring the database to the newest schema."),
     "send": ("worker.cli.send", "Sign an event as Svix does and post it."),
+    "check": ("worker.cli.check", "Test a deployment from end to end, with an event of its own."),
     "status": ("worker.cli.status", "Show whether everything works and the data is fresh."),
     "budget": ("worker.cli.budget", "See what the session token carries; find a template that fits."),
     "erase": ("worker.cli.erase", "Erase one user, as the user.deleted event would."),
@@ -68,6 +69,7 @@ def main() -> None:
 
     \b
     Try it here, with nothing installed:     clerk-sync demo
+    Test it after a deploy, end to end:      clerk-sync check --url https://your.host
     See whether a running system is well:    clerk-sync status
     Read a user from your application:       select * from clerk.user_metadata where user_id = 'user_...'
 
