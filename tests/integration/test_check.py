@@ -22,6 +22,7 @@ from worker import check, db, inbox, reconcile, roles, sync, users
 from worker.check import Line, Probe
 from worker.clerk import confirm_instance, heard_of
 from worker.clerk_api import ClerkApi
+from worker.cli.check import _Shown, _through
 from worker.cli.send import sign
 from worker.db import Connection
 from worker.events import RESERVED
@@ -237,17 +238,18 @@ def test_what_earlier_checks_left_is_removed_but_nothing_of_one_that_may_be_runn
 
 def test_nobody_else_is_ever_removed(connection: Connection) -> None:
     # Tombstones, a live user and an event, each with one half of what is reserved or nearly so.
-    deliver(connection, *(changed(user_id) for user_id in ("user_clerk", "user_clerkXsyncXcheckX1", "user_live")))
+    live = ["user_clerkXsyncXcheckX2", "user_live"]
+    deliver(connection, *(changed(user_id) for user_id in ("user_clerk", "user_clerkXsyncXcheckX1", *live)))
     for user_id in ("user_clerk", "user_clerkXsyncXcheckX1"):
         users.erase(connection, user_id)
     inbox.record(connection, [incoming(changed("user_late"), "msg_clerk_sync_check_1_1")])
     connection.execute("update clerk.users set synced_at = now() - interval '1 day'")
     connection.execute("update clerk.webhook_events set received_at = now() - interval '1 day'")
     count = "select (select count(*) from clerk.users), (select count(*) from clerk.webhook_events)"
-    assert connection.execute(count).fetchone() == (3, 4)
+    assert connection.execute(count).fetchone() == (4, 5)
     check.remove(connection, USER)
-    assert connection.execute(count).fetchone() == (3, 4)
-    assert users.live(connection, ["user_live"]) == ["user_live"]
+    assert connection.execute(count).fetchone() == (4, 5)
+    assert sorted(users.live(connection, live)) == live
 
 
 @pytest.fixture
@@ -273,6 +275,25 @@ def test_the_workers_own_login_will_do_and_leaves_a_tombstone_that_another_remov
     connection.execute("update clerk.users set synced_at = now() - interval '1 day'")
     assert check.remove(connection, RESERVED + "2").notes[1] == "removed what 1 earlier check had left"
     assert traces(connection) == []
+
+
+def test_a_postgres_that_goes_away_in_the_middle_fails_the_rest_and_what_was_sent_is_removed_all_the_same(
+    connection: Connection, connect: Connect, database_url: str, probe: Probe
+) -> None:
+    broken = connect()
+    shown = _Shown(quiet=True)
+    _through(shown, database_url, replace(probe, connection=broken, pause=lambda _: broken.close()))
+    assert states(shown.lines) == {
+        "delivery": "pass",
+        **dict.fromkeys(("row", "repeat", "deletion"), "fail"),
+        "removal": "pass",
+    }
+    assert shown.lines[1].notes == ("Postgres failed: OperationalError: the connection is closed",)
+    assert traces(connection) == []
+    _through(shown, "postgresql://me:hush@127.0.0.1:1/none", probe)
+    assert shown.lines[-1].state == "fail"
+    assert "it removes what earlier checks left" in shown.lines[-1].notes[0]
+    assert "hush" not in str(shown.lines)
 
 
 # --- Beside a reconcile

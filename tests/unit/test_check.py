@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from worker import check
 from worker.check import Answer, Line
 from worker.cli import main
+from worker.cli.check import _Shown
 from worker.errors import ConfigError, SyncError
 from worker.events import RESERVED, UserChanged, UserDeleted, parse_event
 
@@ -296,6 +297,14 @@ def test_a_template_that_is_right_passes_although_other_settings_are_missing() -
     lines = lines_of(ran("--url", CLOSED, "--json", SESSION_CLAIMS='{"metadata": "{{user.public_metadata}}"}'))
     assert lines["template"][0] == "warning"
     assert lines["template"][1][0].startswith("line 1, column 15: user.public_metadata can be of any size")
+
+
+def test_what_is_waited_for_is_told_now_and_then_but_not_to_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (False, True):
+        shown = _Shown(quiet=quiet)
+        for passed in (0.1, 4.9, 5.0, 5.1, 9.9, 10.2):
+            shown.waiting("the row", passed, 30.0)
+    assert capsys.readouterr() == ("", "waiting for the row: 5 of 30 s\nwaiting for the row: 10 of 30 s\n")
 
 
 def test_a_wrong_address_is_wrong_usage() -> None:
