@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -48,9 +49,18 @@ def test_a_worker_that_does_nothing_fails_the_row_and_nothing_comes_of_it_later(
 
 def test_stopped_in_the_middle_it_removes_what_it_sent(system: System) -> None:
     command = [str(PROGRAMS / "clerk-sync"), "check", "--info", str(system.info_path)]
+    # Whoever runs the tests in the background of a shell has it ignored, and so would the command.
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with (
         system.hung("worker"),
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program,
+        subprocess.Popen(
+            command,
+            env=system._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heeded,  # noqa: PLW1509 - no other thread holds a lock that this needs
+        ) as program,
     ):
         until(lambda: traces(system) or program.poll() is not None, 20, "the event")
         program.send_signal(signal.SIGINT)
