@@ -11,6 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,7 +28,7 @@ from worker.clerk import (
     look_up,
     look_up_beside,
 )
-from worker.clerk_api import CLOCKS_APART_MS, MOST_IDS, MOST_USERS, ClerkApi, is_user_id
+from worker.clerk_api import CLOCKS_APART_MS, MOST_IDS, MOST_USERS, ClerkApi, Page, is_user_id
 from worker.db import Connection, deadline
 from worker.errors import SyncError
 from worker.events import Unusable, UserChanged, parse_user
@@ -184,6 +185,7 @@ def _incremental(work: _Work, since: int) -> bool:
     """Repair from the latest change back to those until `since` (ms), and some more; False where they are too many."""
     offset, known, past, steps_back = 0, 0, False, 0
     before: set[tuple[str | bytes, int]] = set()
+    met: set[tuple[str, int]] = set()
     for _ in range(MOST_PAGES):
         page = work.api.users(order_by="-updated_at", limit=MOST_USERS, offset=offset)
         parsed = [parse_user(raw, page.read_at) for raw in page.users]
@@ -201,16 +203,24 @@ def _incremental(work: _Work, since: int) -> bool:
         if work.run.covers is None:
             work.run.covers = _newest(changed, page.read_at, since)
         differences = _repair(work, changed, [user for user in new if isinstance(user, Unusable)])
+        met.update((user.user_id, user.version) for user in changed)
         for user in changed:
             known = 0 if differences.get(user.user_id) in ("missing", "outdated") else known + 1
             past = past or user.version <= since
         if past and known >= ENOUGH:
-            return True
+            break
         if len(page.users) < MOST_USERS:
             # The end, or fewer users than were asked for: what lies behind them, a sweep finds out.
-            return offset + len(page.users) >= work.total
+            if offset + len(page.users) < work.total:
+                return False
+            break
         offset += MOST_USERS - OVERLAP
-    return False
+    else:
+        return False
+    if offset:
+        # Who changed while we read has moved to the top. A new user among them, unmet, would make up for a deletion.
+        _repair_page(work, work.api.users(order_by="-updated_at", limit=MOST_USERS), met)
+    return True
 
 
 def _newest(changed: Sequence[UserChanged], read_at: int | None, since: int) -> int:
@@ -233,10 +243,15 @@ def _counts_agree(work: _Work) -> bool:
         return True
     work.sleep(AGAIN_SECONDS)
     counted = work.api.count()
-    page = work.api.users(order_by="-updated_at", limit=MOST_USERS)
-    parsed = [parse_user(raw, page.read_at) for raw in page.users]
-    _repair(work, [user for user in parsed if isinstance(user, UserChanged)], [])
+    _repair_page(work, work.api.users(order_by="-updated_at", limit=MOST_USERS), set())
     return _count(work, counted) == surplus
+
+
+def _repair_page(work: _Work, page: Page, met: AbstractSet[tuple[str, int]]) -> None:
+    """Repair whom a page brings, but for those who were met as they are."""
+    parsed = [parse_user(raw, page.read_at) for raw in page.users]
+    changed = [user for user in parsed if isinstance(user, UserChanged)]
+    _repair(work, [user for user in changed if (user.user_id, user.version) not in met], [])
 
 
 def _count(work: _Work, counted: int) -> int:
