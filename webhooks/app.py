@@ -151,6 +151,8 @@ _ANSWERS: Final[Mapping[str, tuple[int, Mapping[str, str]]]] = {
 _QUIET: Final = frozenset({"accepted", "duplicate", "ignored"})
 
 _counter: Final = functools.cache(metrics.DELIVERIES.labels)
+for each in _ANSWERS:
+    _counter(each)  # at 0 from the start: a counter that begins at 1 has not risen, as Prometheus sees it
 
 
 def _answer(answer: str, since: float, known: Mapping[str, Any], said: Mapping[str, str] | None = None) -> Response:

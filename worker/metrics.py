@@ -47,6 +47,12 @@ REPLACED = Counter("clerk_sync_replaced", "Values that jsonb can't hold, replace
 WAKE_UPS = Counter("clerk_sync_wake_ups", "Wake-ups that the workers heard from the broker")
 DRAINS = Counter("clerk_sync_drains", "Drains of the inbox by what started them: doorbell or sweep", ["cause"])
 
+# At 0 from the start: a counter that begins at 1 has not risen, as Prometheus sees it.
+for outcome in ("applied", "unchanged", "older", "deleted", "superseded", "dead"):
+    APPLIED.labels(outcome)
+for cause in ("doorbell", "sweep"):
+    DRAINS.labels(cause)
+
 
 def observe_batch(batch: Batch) -> None:
     """Count one committed batch."""
