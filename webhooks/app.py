@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntit
 
 from webhooks.connections import LARGEST_BODY, SINCE
 from webhooks.signature import NAMES, Delivery, Verify
-from worker import metrics
+from worker import metrics, tracing
 from worker.errors import SignatureError, Unavailable
 from worker.events import Ignored, Unusable, UserChanged, UserDeleted, read_event
 from worker.inbox import Incoming
@@ -164,6 +164,7 @@ def _answer(answer: str, since: float, known: Mapping[str, Any], said: Mapping[s
     quiet = answer in _QUIET and known.get("reason") != "another instance"
     fields = {"answer": answer, "status": status, "ms": round(seconds * 1000, 1), **known}
     log.log(logging.INFO if quiet else logging.WARNING, "delivery", extra=fields)
+    tracing.span("delivery", seconds, fields)
     return _said(status, said) if said else _usual(answer)
 
 

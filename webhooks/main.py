@@ -8,18 +8,20 @@ from webhooks.doorbell import Doorbell, Publisher
 from webhooks.health import Health
 from webhooks.recorder import Recorder
 from webhooks.signature import make_verifier
-from worker import db, log
+from worker import db, log, sentry, tracing
 from worker.app import create_celery
 from worker.errors import ConfigError
 from worker.settings import Settings
 
 try:
     settings = Settings.from_env(need=("signing_secrets", "database_url", "redis_url"))
+    reporters = sentry.reporters(settings.sentry_dsn)
+    tracing.start(wanted=settings.traces)
 except ConfigError as error:
     sys.stderr.write("clerk-sync receiver can't start:\n" + "".join(f"  {line}\n" for line in error.problems))
     sys.exit(2)
 
-log.configure(settings.log_format, settings.log_level)
+log.configure(settings.log_format, settings.log_level, *reporters)
 health = Health(lambda: db.connect(settings.database_url, "health", statement_ms=2000, lock_ms=1000))
 recorder = Recorder(
     lambda: db.connect(settings.database_url, "receiver", statement_ms=3000, lock_ms=700, answer_seconds=1)

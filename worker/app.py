@@ -13,7 +13,7 @@ from kombu import Connection as BrokerConnection
 from kombu import Exchange, Queue
 from kombu.exceptions import ChannelError
 
-from worker import db, log, metrics, tasks
+from worker import db, log, metrics, sentry, tasks, tracing
 from worker.errors import BrokerDown
 from worker.housekeeper import Housekeeper
 from worker.reconciler import Reconciler
@@ -76,7 +76,12 @@ def create_celery(redis_url: str, *, reconcile_seconds: int = 0) -> Celery:
 
 
 def create_worker(settings: Settings) -> Celery:
-    """The app for `celery worker` and `celery beat`, with its tasks and, once a worker starts, its threads."""
+    """The app for `celery worker` and `celery beat`, with its tasks and, once a worker starts, its threads.
+
+    Raises ConfigError where a setting needs a package that isn't installed.
+    """
+    reporters = sentry.reporters(settings.sentry_dsn)
+    tracing.start(wanted=settings.traces)
     off = why_off(settings)
     app = create_celery(settings.redis_url, reconcile_seconds=0 if off else settings.reconcile_seconds)
     app.conf.worker_consumer = "worker.listener:Listener"
@@ -99,7 +104,7 @@ def create_worker(settings: Settings) -> Celery:
     )
 
     def set_up_logging(**_: Any) -> None:
-        log.configure(settings.log_format, settings.log_level)
+        log.configure(settings.log_format, settings.log_level, *reporters)
 
     def start(**_: Any) -> None:
         sweeper.start()

@@ -27,13 +27,15 @@ _QUIET: Final = (
     "psycopg",
     "alembic",
     "svix",
+    "sentry_sdk",
+    "opentelemetry",
 )
 
-_OURS: Final = frozenset({"webhooks", "worker", "migrations"})
+OURS: Final = frozenset({"webhooks", "worker", "migrations"})
 
 
-def configure(log_format: str, log_level: str) -> None:
-    """Send every logger of this process to standard output; `log_format` is `logfmt` or `json`."""
+def configure(log_format: str, log_level: str, *others: logging.Handler) -> None:
+    """Send every logger of this process to standard output, and to `others`; `log_format` is `logfmt` or `json`."""
     renderer: Any
     if log_format == "json":
         renderer = structlog.processors.JSONRenderer()
@@ -46,7 +48,7 @@ def configure(log_format: str, log_level: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Line(renderer))
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [handler, *others]
     root.setLevel(log_level)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(log_level)))
@@ -85,11 +87,12 @@ def _tell_where_not_what(event: dict[str, Any], error: BaseException | None) -> 
     Never its text, nor a cause's: a database's or a library's message can quote what it choked on.
     """
     if error is not None:
-        event["error"] = " < ".join(type(link).__name__ for link in _chain(error))
-        event["at"] = " > ".join(_places(error))
+        event["error"] = " < ".join(type(link).__name__ for link in chain(error))
+        event["at"] = " > ".join(places(error))
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it, the latest first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -97,11 +100,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _places(error: BaseException) -> Iterator[str]:
+def places(error: BaseException) -> Iterator[str]:
+    """Where an error passed: our own lines and the one that raised it, as `module:line`, the outermost first."""
     frames = list(traceback.walk_tb(error.__traceback__))
     for position, (frame, line) in enumerate(frames, 1):
         module = str(frame.f_globals.get("__name__", "?"))
-        if position == len(frames) or module.partition(".")[0] in _OURS:
+        if position == len(frames) or module.partition(".")[0] in OURS:
             yield f"{module}:{line}"
 
 

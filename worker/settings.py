@@ -45,6 +45,8 @@ class Settings:
     port: int = 8000
     log_format: str = "logfmt"
     log_level: str = "INFO"
+    sentry_dsn: str = field(default="", repr=False)
+    traces: bool = False
 
     @classmethod
     def from_env(
@@ -85,7 +87,10 @@ class Settings:
             port=reader.read("PORT", _integer(1, 65535), 8000),
             log_format=reader.read("LOG_FORMAT", _choice(LOG_FORMATS), "logfmt"),
             log_level=reader.read("LOG_LEVEL", lambda text: _choice(LOG_LEVELS)(text.upper()), "INFO"),
+            sentry_dsn=reader.read("SENTRY_DSN", _dsn, "", secret=True),
+            traces=_traces(reader),
         )
+        reader.refuse_empty("SENTRY_DSN")
         for name in need:
             reader.require(name, getattr(settings, name))
         if reader.problems:
@@ -132,6 +137,11 @@ class _Reader:
             return self._bad_value(name, f"{name}: {error.problems[-1]}", default)
         except ValueError as error:
             return self._bad_value(name, f"{name}: {error}", default)
+
+    def refuse_empty(self, name: str) -> None:
+        """Note a variable that is there and empty, where that is more likely a mistake than meant."""
+        if name in self._env and not self._env[name].strip():
+            self._bad_value(name, f"{name} is empty: give it a value, or unset it", None)
 
     def _bad_value(self, name: str, problem: str, default: D) -> D:
         self._bad.add(name)
@@ -198,6 +208,29 @@ def _share(text: str) -> float:
     if not re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", text) or not 0.01 <= float(text) <= 1:
         raise ValueError("must be a number from 0.01 to 1.0")
     return float(text)
+
+
+# What Sentry calls a DSN: https://PUBLIC_KEY@HOST/PROJECT.
+_DSN: Final = re.compile(r"https?://[^\s/@:]+(:[^\s/@]+)?@[^\s/@]+/(\S+/)?[0-9]+")
+
+
+def _dsn(text: str) -> str:
+    if not _DSN.fullmatch(text):
+        raise ValueError("must be the DSN of a project in Sentry, such as https://key@host.example/123")
+    return text
+
+
+def _traces(reader: _Reader) -> bool:
+    """Whether OpenTelemetry's own variables say where to send traces."""
+    endpoints = [
+        reader.read(name, str, "") for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    ]
+    exporter = reader.read("OTEL_TRACES_EXPORTER", _choice(("otlp", "none")), "otlp" if any(endpoints) else "none")
+    if exporter == "none" or reader.read("OTEL_SDK_DISABLED", str.lower, "") == "true":
+        return False
+    for name in ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"):
+        reader.read(name, _choice(("http/protobuf",)), "")
+    return True
 
 
 def _template(text: str, declared: Collection[str]) -> Template:

@@ -18,7 +18,7 @@ from typing import Final
 
 import psycopg
 
-from worker import metrics, roles
+from worker import metrics, roles, tracing
 from worker.db import Connection, describe
 from worker.errors import SyncError
 from worker.policy import Policy
@@ -197,17 +197,16 @@ class Drainer:
         metrics.DRAINS.labels(cause).inc()
         for svix_id, reason in batch.dead.items():
             log.error("event set aside", extra={"svix_id": svix_id, "reason": reason})
-        log.info(
-            "batch applied",
-            extra={
-                "cause": cause,
-                "claimed": batch.claimed,
-                "dead": len(batch.dead),
-                **batch.outcomes,
-                "ms": round(batch.seconds * 1000, 1),
-                "oldest_s": round(max(batch.freshness, default=0.0), 1),
-            },
-        )
+        told = {
+            "cause": cause,
+            "claimed": batch.claimed,
+            "dead": len(batch.dead),
+            **batch.outcomes,
+            "ms": round(batch.seconds * 1000, 1),
+            "oldest_s": round(max(batch.freshness, default=0.0), 1),
+        }
+        log.info("batch applied", extra=told)
+        tracing.span("batch", batch.seconds, told)
 
     def busy(self) -> bool:
         """Whether a drain is at work, and not resting."""

@@ -75,7 +75,7 @@ def fail() -> None:
 def test_an_exception_is_told_by_its_classes_and_places_never_by_its_text(
     lines: Callable[[str], Callable[[], list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log, "_OURS", frozenset({"tests"}))
+    monkeypatch.setattr(log, "OURS", frozenset({"tests"}))
     written = lines("logfmt")
     try:
         fail()
