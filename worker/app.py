@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Final
@@ -11,6 +12,7 @@ from typing import Any, Final
 from celery import Celery, signals
 from kombu import Connection as BrokerConnection
 from kombu import Exchange, Queue
+from kombu.asynchronous import get_event_loop
 from kombu.exceptions import ChannelError
 
 from worker import db, log, metrics, sentry, tasks, tracing
@@ -96,6 +98,7 @@ def create_worker(settings: Settings) -> Celery:
     )
     watch = Watch(lambda: waiting(app), drainer.busy)
     reconciler = None if off else Reconciler(settings)
+    stopping = threading.Event()
     tasks.register(
         app,
         drain=lambda: drainer.ring("doorbell"),
@@ -110,12 +113,14 @@ def create_worker(settings: Settings) -> Celery:
         sweeper.start()
         housekeeper.start()
         watch.start()
+        threading.Thread(target=_wake_to_stop, args=(stopping,), name="waker", daemon=True).start()
         if reconciler:
             reconciler.start()
         else:
             logger.info("the periodic reconcile is off", extra={"reason": off})
 
     def stop(**_: Any) -> None:
+        stopping.set()
         drainer.stop()
         sweeper.stop()
         housekeeper.stop()
@@ -149,6 +154,13 @@ def create_worker(settings: Settings) -> Celery:
     signals.worker_process_shutdown.connect(end, weak=False)
     signals.worker_process_init.connect(forked, weak=False)
     return app
+
+
+def _wake_to_stop(stopping: threading.Event) -> None:
+    """Celery's loop sleeps through the signal to stop until its next message or timer: with RabbitMQ, for seconds."""
+    stopping.wait()
+    if (loop := get_event_loop()) is not None:
+        loop.call_soon(lambda: None)
 
 
 def why_off(settings: Settings) -> str | None:
