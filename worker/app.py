@@ -110,10 +110,9 @@ def create_worker(settings: Settings) -> Celery:
         log.configure(settings.log_format, settings.log_level, *reporters)
 
     def start(**_: Any) -> None:
-        sweeper.start()
-        housekeeper.start()
-        watch.start()
-        threading.Thread(target=_wake_to_stop, args=(stopping,), name="waker", daemon=True).start()
+        waker = threading.Thread(target=_wake_to_stop, args=(stopping,), name="waker", daemon=True)
+        for thread in (sweeper, housekeeper, watch, waker):
+            thread.start()
         if reconciler:
             reconciler.start()
         else:
