@@ -15,7 +15,7 @@ from kombu import Exchange, Queue
 from kombu.asynchronous import get_event_loop
 from kombu.exceptions import ChannelError
 
-from worker import db, log, metrics, sentry, tasks, tracing
+from worker import db, log, metrics, sentry, tasks
 from worker.errors import BrokerDown
 from worker.housekeeper import Housekeeper
 from worker.reconciler import Reconciler
@@ -83,7 +83,6 @@ def create_worker(settings: Settings) -> Celery:
     Raises ConfigError where a setting needs a package that isn't installed.
     """
     reporters = sentry.reporters(settings.sentry_dsn)
-    tracing.start(wanted=settings.traces)
     off = why_off(settings)
     app = create_celery(settings.redis_url, reconcile_seconds=0 if off else settings.reconcile_seconds)
     app.conf.worker_consumer = "worker.listener:Listener"
