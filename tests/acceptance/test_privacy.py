@@ -23,7 +23,7 @@ import redis
 from click.testing import CliRunner
 from psycopg import sql
 
-from tests.acceptance.system import CANARY, ENVIRONMENT, Client, System, new_user, now_ms, user_event
+from tests.acceptance.system import CANARY, ENVIRONMENT, Answer, Client, System, new_user, now_ms, user_event
 from tests.clerk import sign
 from tests.events import deleted, envelope
 from tests.waiting import until
@@ -199,12 +199,20 @@ def test_broker_gets_a_wake_up_and_nothing_of_the_event(system: System, client: 
     user_id = new_user()
     system.settle()
     with listen_to_broker(system) as listening:
-        sent = [client.deliver(user_event(user_id, now_ms(), {"n": number})) for number in range(20)]
+        sent: list[Answer] = []
+        said: list[str] = []
+
+        def rung() -> bool:
+            """A burst is one ring, a moment later; none comes while the one before is unheard."""
+            sent.extend(client.deliver(user_event(user_id, now_ms(), {"n": number})) for number in range(5))
+            said.append(heard(system, listening))
+            return "clerk.drain" in said[-1]
+
+        until(rung, what="the doorbell")
         system.settle()
-        said = heard(system, listening)
-    assert "clerk.drain" in said, "the doorbell was rung"
+        said.append(heard(system, listening))
     for secret in (CANARY, user_id, system.signing_secret, *(answer.svix_id for answer in sent)):
-        assert secret not in said
+        assert secret not in "".join(said)
 
 
 def test_canary_comes_out_at_the_view_and_nowhere_else(system: System, client: Client) -> None:
@@ -295,7 +303,8 @@ def test_odd_deliveries_and_refused_ones_are_answered_and_logged_without_a_word_
         assert good.outcome == (202, "accepted")
         careful.settle()
         said = heard(careful, listening)
-    assert "clerk.drain" in said, "the doorbell was rung"
+        while "clerk.drain" not in said:  # the doorbell is rung at once, and heard a moment later
+            said += heard(careful, listening)
     assert good.svix_id in careful.output, "each delivery has its line"
     answered = "".join(f"{answer.headers}{answer.body.decode()}" for answer in answers)
     assert_silent(careful, answers=answered, broker=said, **sinks(careful, sender, temporary))
