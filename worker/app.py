@@ -93,7 +93,9 @@ def create_worker(settings: Settings) -> Celery:
     )
     sweeper = Sweeper(drainer)
     housekeeper = Housekeeper(
-        lambda: db.connect(settings.database_url, "housekeeper"), timedelta(days=settings.event_retention_days)
+        lambda: db.connect(settings.database_url, "housekeeper"),
+        timedelta(days=settings.event_retention_days),
+        settings.policy,
     )
     watch = Watch(lambda: waiting(app), drainer.busy)
     reconciler = None if off else Reconciler(settings)

@@ -1,4 +1,5 @@
-"""Keeps the inbox tidy: erases what dead events of deleted users carry, and prunes applied ones past their time.
+"""Keeps the tables tidy: erases what dead events of deleted users carry, prunes applied ones past their time, and
+weighs the users whom applications have put.
 
 A thread of its own, over a connection of its own: under a steady load a drain goes on and on.
 """
@@ -14,13 +15,17 @@ from typing import Final
 
 import psycopg
 
-from worker import inbox
+from worker import inbox, users
 from worker.db import Connection, deadline, describe
+from worker.policy import Policy
 
 log = logging.getLogger(__name__)
 
 HOUSE_SECONDS: Final = 10.0
 """How often it looks, and how long one look may take."""
+
+WEIGH_SECONDS: Final = 5.0
+"""How long one look may go on weighing users."""
 
 PRUNE_SECONDS: Final = 60.0
 """How often it prunes; until none are left, with each look."""
@@ -29,9 +34,10 @@ PRUNE_SECONDS: Final = 60.0
 class Housekeeper(threading.Thread):
     """Looks every ten seconds; applied events are kept for `keep`. A failure is told, and tried again."""
 
-    def __init__(self, connect: Callable[[], Connection], keep: timedelta) -> None:
+    def __init__(self, connect: Callable[[], Connection], keep: timedelta, policy: Policy) -> None:
         super().__init__(name="housekeeper", daemon=True)
         self._connect = connect
+        self._policy = policy
         self._keep = keep
         self._prune_due = 0.0
         self._step = inbox.PRUNE_STEP
@@ -58,6 +64,8 @@ class Housekeeper(threading.Thread):
             now = time.monotonic()
             if now >= self._prune_due:
                 self._prune(connection, now)
+            while users.weigh_put(connection, self._policy) and time.monotonic() < now + WEIGH_SECONDS:
+                pass
 
     def _prune(self, connection: Connection, now: float) -> None:
         try:

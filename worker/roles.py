@@ -65,11 +65,16 @@ WORKER: Final = Role(
         },
         "clerk.users": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE},
         "clerk.user_contents": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE, "delete": _WHOLE},
+        "clerk.policy": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE},
         "clerk.api_budget": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE},
         "clerk.runs": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE, "delete": _WHOLE},
         "function clerk.gate_known": {"execute": _WHOLE},
         "function clerk.gate_users": {"execute": _WHOLE},
         "function clerk.gate_deletions": {"execute": _WHOLE},
+        # What the gate does, it does as whoever calls it.
+        "function clerk.field_hashes": {"execute": _WHOLE},
+        "function clerk.can_notify": {"execute": _WHOLE},
+        "function clerk.notify_changed": {"execute": _WHOLE},
         "function clerk.compare_users": {"execute": _WHOLE},
         "function clerk.book_api_call": {"execute": _WHOLE},
         "function clerk.block_api_calls": {"execute": _WHOLE},
@@ -79,13 +84,33 @@ WORKER: Final = Role(
 
 READER: Final = Role(
     "clerk_reader",
-    "for applications: sees the view and nothing else",
-    {"schema clerk": {"usage": _WHOLE}, "clerk.user_metadata": {"select": _WHOLE}},
+    "for applications: sees the view, and who has changed",
+    {
+        "schema clerk": {"usage": _WHOLE},
+        "clerk.user_metadata": {"select": _WHOLE},
+        "function clerk.change_cursor": {"execute": _WHOLE},
+        "function clerk.changes_since": {"execute": _WHOLE},
+    },
 )
 
-ROLES: Final = (RECEIVER, WORKER, READER)
+WRITER: Final = Role(
+    "clerk_writer",
+    "for applications: puts users as Clerk has them, and sees nothing",
+    {"schema clerk": {"usage": _WHOLE}, "function clerk.put_user": {"execute": _WHOLE}},
+)
 
-NOBODYS: Final = frozenset({"type clerk.clock"})
+ROLES: Final = (RECEIVER, WORKER, READER, WRITER)
+
+NOBODYS: Final = frozenset(
+    {
+        "type clerk.clock",
+        # Called by put_user, which is its owner's to do.
+        "function clerk.refuse_user",
+        "function clerk.compact_bytes",
+        "function clerk.field_bytes",
+        "function clerk.profile_bytes",
+    }
+)
 """What no role needs a privilege on."""
 
 

@@ -18,7 +18,7 @@ from typing import Final
 
 import psycopg
 
-from worker import metrics, roles, tracing
+from worker import metrics, roles, tracing, users
 from worker.db import Connection, describe
 from worker.errors import SyncError
 from worker.policy import Policy
@@ -224,6 +224,8 @@ class Drainer:
             connection = self._connect()
             try:
                 problems = roles.problems(connection, roles.WORKER)
+                if not problems:
+                    users.record_policy(connection, self._policy)
             except psycopg.Error:
                 connection.close()
                 raise

@@ -311,7 +311,11 @@ update clerk.users as old set
   crossed = new.claims_bytes > %(budget)s and not old.over_budget,
   private_copied = new.private, public_copied = new.public, unsafe_copied = new.unsafe,
   content_missing = new.missing,
-  sent_hash = null -- the next event decides anew, whatever it brings
+  sent_hash = null, -- the next event decides anew, whatever it brings
+  changed_in = case
+    when (new.private, new.public, new.unsafe) = (old.private_copied, old.public_copied, old.unsafe_copied)
+      then old.changed_in
+    else pg_current_xact_id() end
 from unnest(
   %(user_id)b::text[], %(claims_bytes)b::int[], %(exact)b::bool[],
   %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[], %(missing)b::bool[]
@@ -324,7 +328,11 @@ DROP = """
 update clerk.user_contents as old set
   private_metadata = case when new.private then old.private_metadata end,
   public_metadata = case when new.public then old.public_metadata end,
-  unsafe_metadata = case when new.unsafe then old.unsafe_metadata end
+  unsafe_metadata = case when new.unsafe then old.unsafe_metadata end,
+  public_hashes =
+    case when not new.public then coalesce(clerk.field_hashes(old.public_metadata), old.public_hashes) end,
+  unsafe_hashes =
+    case when not new.unsafe then coalesce(clerk.field_hashes(old.unsafe_metadata), old.unsafe_hashes) end
 from unnest(%(user_id)b::text[], %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[])
   as new (user_id, private, public, unsafe)
 where old.user_id = new.user_id
@@ -437,6 +445,46 @@ def reweigh_all(
         total.missing += batch.missing
         observe(batch)
         after = user_ids[-1]
+
+
+# --- Users whom an application has put
+
+RECORD_POLICY = """
+insert into clerk.policy as old (copy_private, copy_public, copy_unsafe)
+values (%(private)s, %(public)s, %(unsafe)s)
+on conflict (the_only) do update set
+  copy_private = excluded.copy_private, copy_public = excluded.copy_public, copy_unsafe = excluded.copy_unsafe
+where (old.copy_private, old.copy_public, old.copy_unsafe)
+  <> (excluded.copy_private, excluded.copy_public, excluded.copy_unsafe)
+"""
+
+
+def record_policy(connection: Connection, policy: Policy) -> None:
+    """Tell `clerk.put_user` which kinds to copy of a user who hasn't been weighed. Raises psycopg.Error."""
+    kept = decide(policy, None)
+    connection.execute(RECORD_POLICY, {"private": kept.private, "public": kept.public, "unsafe": kept.unsafe})
+
+
+UNWEIGHED = """
+select user_id from clerk.users
+where weighed_by is null and not claims_exact and deleted_at is null
+order by user_id
+limit %(most)s
+"""
+
+
+def unweighed(connection: Connection, most: int) -> list[str]:
+    """Some of the users whom `clerk.put_user` brought and nobody has weighed."""
+    return [user_id for (user_id,) in connection.execute(UNWEIGHED, {"most": most})]
+
+
+def weigh_put(connection: Connection, policy: Policy) -> bool:
+    """Weigh up to a thousand users whom `clerk.put_user` brought, and drop what isn't to be copied of them, as an event
+    of theirs would have; says whether there may be more. Raises psycopg.Error."""
+    user_ids = unweighed(connection, REWEIGH_BATCH)
+    if user_ids:
+        warn(reweigh(connection, policy, user_ids, drop=True).crossings, policy.budget)
+    return len(user_ids) == REWEIGH_BATCH
 
 
 class Counted(NamedTuple):

@@ -354,7 +354,7 @@ def test_what_the_settings_lead_to_is_looked_at(connection: Connection, clerk: S
         *("settings", "signing secret", "Postgres", "schema", "privileges", "writing", "roles"),
         *("broker", "Clerk's API", "weights", "removal"),
     ]
-    assert lines["roles"][1] == ["clerk_receiver, clerk_worker, clerk_reader"]
+    assert lines["roles"][1] == ["clerk_receiver, clerk_worker, clerk_reader, clerk_writer"]
     assert lines["Clerk's API"][1] == ["the key is taken; Clerk has 2 users, and none is here yet"]
     assert (lines["delivery"][0], lines["row"]) == ("fail", ("skipped", ["delivery failed"]))
     assert "nothing answers at 127.0.0.1:1 (ConnectionRefusedError)" in lines["delivery"][1][0]

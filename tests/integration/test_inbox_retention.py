@@ -44,7 +44,7 @@ def connection(connect: Callable[[], Connection]) -> Connection:
 
 @pytest.fixture
 def housekeeper(database_url: str) -> Housekeeper:
-    return Housekeeper(lambda: db.connect(database_url, "housekeeper"), WEEK)
+    return Housekeeper(lambda: db.connect(database_url, "housekeeper"), WEEK, Policy())
 
 
 def test_an_applied_event_is_pruned_after_its_time_and_others_are_not(connection: Connection) -> None:

@@ -43,7 +43,12 @@ from (values ('pending', %(pending)s::int), ('done', %(done)s), ('dead', %(dead)
 order by random()
 """
 MISSING = "update clerk.users set content_missing = true where user_id = any(%s)"
-OVER = "update clerk.users set over_budget = user_id = any(%s)"
+OVER = "update clerk.users set over_budget = user_id = any(%s), changed_in = '3'"
+PUT = """
+update clerk.users set changed_in = pg_current_xact_id(), weighed_by = null, claims_exact = false
+where user_id = any(%s)
+"""
+SINCE = "select * from clerk.changes_since(split_part(clerk.change_cursor(), '-', 1) || '-4')"
 
 
 def of(first: int, count: int) -> list[str]:
@@ -60,6 +65,7 @@ def filled(servers: local.Urls) -> Iterator[Connection]:
         users.gate_deletions(connection, gone)
         connection.execute(MISSING, [of(500, 20)])
         connection.execute(OVER, [of(600, 20)])
+        connection.execute(PUT, [of(800, 20)])
         connection.execute("vacuum (analyze, freeze) clerk.users, clerk.user_contents, clerk.webhook_events")
         # Statistics are mostly taken while nothing is pending, and then comes a burst.
         connection.execute(EVENTS, {"pending": PENDING, "done": 0, "dead": 0})
@@ -159,6 +165,8 @@ HOT: Final[dict[str, tuple[Callable[[Connection], object], dict[str, int]]]] = {
     "who is to be fetched again": (lambda c: users.missing(c, "", 100), {"users": 40}),
     "which of these are live": (lambda c: users.live(c, of(0, 50)), {"users": 100}),
     "the versions of these": (lambda c: users.versions(c, of(0, 50)), {"users": 100}),
+    "who was put and not weighed": (lambda c: users.unweighed(c, 100), {"users": 40}),
+    "who has changed since": (lambda c: c.execute(SINCE).fetchall(), {"users": 40}),
     "what an application reads": (
         lambda c: c.execute("select * from clerk.user_metadata where user_id = %s", of(700, 1)).fetchall(),
         {"users": 1, "user_contents": 1},
@@ -190,10 +198,16 @@ def test_counting_takes_large_tables_from_the_statistics(filled: Connection) -> 
     assert read["webhook_events"]["read"] <= PENDING + DEAD + 1, "who waits is counted, and the oldest is looked up"
 
 
-@pytest.mark.parametrize("action", ["passing them the short way", "passing unchanged users", "passing changed users"])
-def test_updating_users_touches_no_index(filled: Connection, action: str) -> None:
+@pytest.mark.parametrize("action", ["passing them the short way", "passing unchanged users"])
+def test_moving_a_version_touches_no_index(filled: Connection, action: str) -> None:
     counted = during(filled, HOT[action][0])["users"]
     assert counted["updated"] == counted["hot"] == 100
+
+
+def test_changing_what_a_user_has_touches_only_the_index_of_changes(filled: Connection) -> None:
+    counted = during(filled, HOT["passing changed users"][0])
+    assert (counted["users"]["updated"], counted["users"]["hot"]) == (100, 0)
+    assert counted["user_contents"]["updated"] == counted["user_contents"]["hot"] == 100
 
 
 INDEXES = """

@@ -29,7 +29,7 @@ from worker.db import Connection
 from worker.housekeeper import Housekeeper
 from worker.policy import Copy, Policy
 from worker.reconciler import Reconciler
-from worker.roles import NOBODYS, READER, RECEIVER, ROLES, WORKER
+from worker.roles import NOBODYS, READER, RECEIVER, ROLES, WORKER, WRITER
 from worker.settings import Settings
 from worker.standin import StandIn
 from worker.supervise import find_procfile, parse_procfile
@@ -116,7 +116,7 @@ def test_the_workers_role_drains_gates_deletes_sets_aside_retries_and_prunes(
     inbox.record(connection, [*events, dataclasses.replace(last, body=b"not JSON")])
     drainer = Drainer(lambda: db.connect(worker_url, "worker"), Policy())
     assert drainer.ring("sweep")
-    Housekeeper(lambda: db.connect(worker_url, "housekeeper"), timedelta(days=7)).keep_house()
+    Housekeeper(lambda: db.connect(worker_url, "housekeeper"), timedelta(days=7), Policy()).keep_house()
     drainer.close()
     with db.connect(worker_url, "worker") as worker:
         assert inbox.counts(worker) | {"oldest_pending_seconds": 0} == {
@@ -283,6 +283,15 @@ NOT_THE_READERS: Final = (
     "select * from clerk.schema_version",
     "select clerk.run_is_under_way()",
     "select * from clerk.gate_deletions(array['user_a'], array[1::bigint])",
+    "select clerk.put_user('{}')",
+    "select clerk.notify_changed('user_a', 1, true, '{}')",
+)
+NOT_THE_WRITERS: Final = (
+    *(statement for statement in NOT_THE_READERS if "put_user" not in statement),
+    "select * from clerk.user_metadata",
+    "select * from clerk.policy",
+    "select * from clerk.changes_since(null)",
+    "select clerk.profile_bytes('{}')",
 )
 NOBODYS_STATEMENTS: Final = (
     "create table clerk.mine (a int)",
@@ -304,6 +313,7 @@ REFUSED: Final = [
     *((RECEIVER, statement) for statement in NOT_THE_RECEIVERS),
     *((WORKER, statement) for statement in NOT_THE_WORKERS),
     *((READER, statement) for statement in NOT_THE_READERS),
+    *((WRITER, statement) for statement in NOT_THE_WRITERS),
     *((role, statement) for role in ROLES for statement in NOBODYS_STATEMENTS),
 ]
 
@@ -405,7 +415,7 @@ def test_an_administrator_makes_the_roles_where_the_migrating_role_may_not(
         try:
             ran = command("migrate", env={"DATABASE_URL": as_login(empty_database, "modest")})
             assert ran.exit_code == 0
-            assert "clerk_receiver, clerk_worker, clerk_reader" in ran.output
+            assert "clerk_receiver, clerk_worker, clerk_reader, clerk_writer" in ran.output
             printed = command("migrate", "--roles", env={"DATABASE_URL": None})
             assert printed.exit_code == 0
             for _ in range(2):
@@ -418,9 +428,11 @@ def test_an_administrator_makes_the_roles_where_the_migrating_role_may_not(
             administrator.execute("reset role")
         finally:
             administrator.execute(
-                "reset role; drop owned by modest, clerk_receiver, clerk_worker, clerk_reader cascade"
+                "reset role; drop owned by modest, clerk_receiver, clerk_worker, clerk_reader, clerk_writer cascade"
             )
-            administrator.execute("drop role modest; drop role if exists clerk_receiver, clerk_worker, clerk_reader")
+            administrator.execute(
+                "drop role modest; drop role if exists clerk_receiver, clerk_worker, clerk_reader, clerk_writer"
+            )
 
 
 def test_whoever_migrates_grants_to_roles_that_are_there_without_making_any(empty_database: str) -> None:
