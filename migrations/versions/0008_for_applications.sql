@@ -462,24 +462,31 @@ $$;
 -- Writing through ---------------------------------------------------------------------------------------------------
 -- compact_bytes is what a value weighs as compact JSON: jsonb's own text has a space after each colon and comma.
 create function clerk.compact_bytes(value jsonb) returns integer
-language sql immutable strict parallel safe as $$
-  select octet_length(convert_to(text, 'UTF8')) - length(bare) + length(replace(bare, ' ', ''))
-  from (
-    select value::text as text, regexp_replace(value::text, '"(?:[^"\\]|\\.)*"', '', 'g') as bare
-  ) as written
+language plpgsql immutable strict parallel safe as $$
+declare
+  written constant text := value::text;
+  bare    constant text := regexp_replace(written, '"[^"\\]*(?:\\.[^"\\]*)*"', '', 'g');
+begin
+  return octet_length(convert_to(written, 'UTF8')) - length(bare) + length(replace(bare, ' ', ''));
+end
 $$;
 
 -- field_bytes is the weight of each top-level field: the 64 largest of those with names of up to 64 bytes.
 create function clerk.field_bytes(metadata jsonb) returns jsonb
-language sql immutable strict parallel safe as $$
-  select coalesce(jsonb_object_agg(key, bytes), '{}')
+language plpgsql immutable strict parallel safe as $$
+declare
+  weights jsonb;
+begin
+  select coalesce(jsonb_object_agg(key, bytes), '{}') into weights
   from (
     select key, clerk.compact_bytes(value) as bytes
     from jsonb_each(metadata)
     where octet_length(convert_to(key, 'UTF8')) <= 64
     order by 2 desc, key collate "C"
     limit 64
-  ) as largest
+  ) as largest;
+  return weights;
+end
 $$;
 
 -- profile_bytes is the weight of what a claims template can carry of a user besides metadata, in the order of PROFILE in
@@ -537,6 +544,8 @@ declare
   kinds jsonb[] := '{}';
   user_id text;
   version numeric;
+  public_bytes integer;
+  unsafe_bytes integer;
   result text;
 begin
   select * into policy from clerk.policy;
@@ -592,19 +601,18 @@ begin
     perform clerk.refuse_user('it is over 1 MiB', 'Clerk has no such user.');
   end if;
 
+  public_bytes := clerk.compact_bytes(kinds[2]);
+  unsafe_bytes := clerk.compact_bytes(kinds[3]);
   select outcome into result
   from clerk.gate_users(
     array[user_id], array[version::bigint], array[version::bigint],
     kinds[1:1], kinds[2:2], kinds[3:3],
     array[policy.copy_private], array[policy.copy_public], array[policy.copy_unsafe],
     array[clerk.profile_bytes(given)::text],
-    array[clerk.compact_bytes(kinds[2])], array[clerk.compact_bytes(kinds[3])],
+    array[public_bytes], array[unsafe_bytes],
     array[clerk.field_bytes(kinds[2])], array[clerk.field_bytes(kinds[3])],
     -- By the template that is assumed where none is set: a new user's, for the moment until a worker has weighed them.
-    array[
-      octet_length('{"public_metadata":,"unsafe_metadata":}')
-      + coalesce(clerk.compact_bytes(kinds[2]), 2) + coalesce(clerk.compact_bytes(kinds[3]), 2)
-    ],
+    array[octet_length('{"public_metadata":,"unsafe_metadata":}') + coalesce(public_bytes, 2) + coalesce(unsafe_bytes, 2)],
     array[null::bytea], 2147483647, null
   );
   return result;

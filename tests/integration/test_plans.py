@@ -5,6 +5,7 @@ One that begins to read a whole table, or all that is pending, is as right as be
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -48,6 +49,7 @@ PUT = """
 update clerk.users set changed_in = pg_current_xact_id(), weighed_by = null, claims_exact = false
 where user_id = any(%s)
 """
+PUT_USER = json.dumps({"id": population.user_id(700), "updated_at": LATER, "private_metadata": {"put": True}})
 SINCE = "select * from clerk.changes_since(split_part(clerk.change_cursor(), '-', 1) || '-4')"
 
 
@@ -66,6 +68,7 @@ def filled(servers: local.Urls) -> Iterator[Connection]:
         connection.execute(MISSING, [of(500, 20)])
         connection.execute(OVER, [of(600, 20)])
         connection.execute(PUT, [of(800, 20)])
+        users.record_policy(connection, POLICY)
         connection.execute("vacuum (analyze, freeze) clerk.users, clerk.user_contents, clerk.webhook_events")
         # Statistics are mostly taken while nothing is pending, and then comes a burst.
         connection.execute(EVENTS, {"pending": PENDING, "done": 0, "dead": 0})
@@ -165,6 +168,10 @@ HOT: Final[dict[str, tuple[Callable[[Connection], object], dict[str, int]]]] = {
     "who is to be fetched again": (lambda c: users.missing(c, "", 100), {"users": 40}),
     "which of these are live": (lambda c: users.live(c, of(0, 50)), {"users": 100}),
     "the versions of these": (lambda c: users.versions(c, of(0, 50)), {"users": 100}),
+    "putting a user": (
+        lambda c: c.execute("select clerk.put_user(%s::jsonb)", (PUT_USER,)).fetchall(),
+        {"users": 6, "user_contents": 3, "policy": 1},
+    ),
     "who was put and not weighed": (lambda c: users.unweighed(c, 100), {"users": 40}),
     "who has changed since": (lambda c: c.execute(SINCE).fetchall(), {"users": 40}),
     "what an application reads": (
