@@ -316,7 +316,7 @@ begin
     from fresh
     cross join lateral (
       select jsonb_object_agg(kind, (
-        select jsonb_agg(name)
+        select jsonb_agg(name order by name collate "C")
         from (select jsonb_object_keys(was) union select jsonb_object_keys(now_is)) as either (name)
         where (was -> name)::text is distinct from (now_is -> name)::text
       )) as fields
