@@ -1,7 +1,8 @@
 """A stand-in for Clerk's Backend API on this machine's loopback: for tests, the demo, and trying things by hand.
 
-It answers what is read of users, over real HTTP, in Clerk's order, with Clerk's errors and rate limit. What Clerk's
-documents leave open is said where it was decided. Nothing of the product's own pulling code is used here.
+It answers what is read of users, and merges metadata into them, over real HTTP, in Clerk's order, with Clerk's errors
+and rate limit. What Clerk's documents leave open is said where it was decided. Nothing of the product's own pulling
+code is used here.
 https://clerk.com/docs/reference/backend-api
 """
 
@@ -491,15 +492,17 @@ class StandIn:
 
     # How a request is answered
 
-    def answer(self, target: str, authorization: str | None, version: str | None) -> Answer:
-        """Answer a GET."""
+    def answer(
+        self, target: str, authorization: str | None, version: str | None, changes: bytes | None = None
+    ) -> Answer:
+        """Answer a GET; with changes, a PATCH."""
         parts = urlsplit(target)
         try:
             call = self._record(parts.path, parse_qs(parts.query), version, authorization)
             if self.before is not None:
                 self.before(call)
             self._closing.wait(self._slow)
-            return self._failure() or Answer(200, self._body(call))
+            return self._failure() or Answer(200, self._body(call) if changes is None else self._changed(call, changes))
         except _TooMany as too_many:
             return too_many.answer(too_many.seconds)
         except Problem as problem:
@@ -544,6 +547,15 @@ class StandIn:
                 return rendered({"object": "total_count", "total_count": self._count(parse_filters(call.query))})
             case ["", "v1", "users", user_id] if user_id:
                 return self._one(unquote(user_id))
+        raise Problem(404, "resource_not_found", "not found", "The stand-in has no such endpoint.")
+
+    def _changed(self, call: Call, changes: bytes) -> bytes:
+        match call.path.split("/"):
+            case ["", "v1", "users", user_id, "metadata"]:
+                with self._lock:
+                    self._one(unquote(user_id))
+                    self.update(unquote(user_id), **_metadata_in(changes))
+                    return self._one(unquote(user_id))
         raise Problem(404, "resource_not_found", "not found", "The stand-in has no such endpoint.")
 
     def _one(self, user_id: str) -> bytes:
@@ -601,6 +613,20 @@ def _check_key(authorization: str | None, secret_key: str) -> None:
     if authorization.removeprefix("Bearer ") != secret_key:
         message = "The provided Clerk Secret Key is invalid. Make sure that your Clerk Secret Key is correct."
         raise Problem(401, "clerk_key_invalid", message, message)
+
+
+def _metadata_in(changes: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(changes)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+        raise Problem(422, "form_param_type_invalid", "is invalid", "Metadata must be an object.")
+    if unknown := found.keys() - set(METADATA):
+        raise Problem(
+            422, "form_param_unknown", "is unknown", f"{min(unknown)} is not a valid parameter.", min(unknown)
+        )
+    return found
 
 
 def _template() -> list[bytes]:
@@ -681,8 +707,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer."""
+        self._answer(None)
+
+    def do_PATCH(self) -> None:
+        """Change, and answer with what came of it."""
+        self._answer(self.rfile.read(int(self.headers["Content-Length"] or 0)))
+
+    def _answer(self, changes: bytes | None) -> None:
         headers = self.headers
-        answer = self.server.standin.answer(self.path, headers["Authorization"], headers["Clerk-API-Version"])
+        answer = self.server.standin.answer(self.path, headers["Authorization"], headers["Clerk-API-Version"], changes)
         self.send_response(answer.status)  # and the Date
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(answer.body)))
@@ -706,14 +739,15 @@ class _Handler(BaseHTTPRequestHandler):
 @click.option("--users", default=1000, show_default=True, type=click.IntRange(0, 200_000), help="How many users.")
 @click.option("--port", default=0, type=click.IntRange(0, 65_535), help="Default: any that is free.")
 @click.option("--key", default="sk_test_standin", show_default=True, help="The secret key that is accepted.")
+@click.option("--limit", type=click.IntRange(1), help="Requests in 10 s. Default: as many as Clerk allows such a key.")
 @click.option("--seconds", default=3600.0, show_default=True, help="Stop after this long.")
-def main(users: int, port: int, key: str, seconds: float) -> None:
+def main(users: int, port: int, key: str, limit: int | None, seconds: float) -> None:
     """Serve a stand-in for Clerk's Backend API until SIGINT or SIGTERM."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        standin = StandIn(key, port=port)
+        standin = StandIn(key, limit=limit, port=port)
     except OSError as error:
         raise click.ClickException(f"port {port} can't be used: {error.strerror}") from None
     standin.fill(users, private=lambda at: b'{"number":%d}' % at)

@@ -122,6 +122,37 @@ def test_an_update_moves_the_version_and_merges_metadata(clerk: StandIn, client:
     assert client.get("/v1/users/user_a").json()["updated_at"] > T0 + 5
 
 
+def test_metadata_is_merged_and_the_whole_user_answered(clerk: StandIn, client: httpx.Client) -> None:
+    clerk.put({"id": "user_a", "updated_at": T0, "private_metadata": {"plan": "free", "n": {"a": 1}}})
+    changes = {"private_metadata": {"plan": None, "n": {"b": 2}}, "public_metadata": {"role": "admin"}}
+    answer = client.patch("/v1/users/user_a/metadata", json=changes)
+    assert answer.status_code == 200
+    user = answer.json()
+    assert user == client.get("/v1/users/user_a").json()
+    assert user["private_metadata"] == {"n": {"a": 1, "b": 2}}
+    assert user["public_metadata"] == {"role": "admin"}
+    assert user["updated_at"] > T0
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "expected"),
+    [
+        ("/v1/users/user_b/metadata", b"{}", 404),
+        ("/v1/users/user_a", b"{}", 404),
+        ("/v1/users/user_a/metadata", b"nonsense", 422),
+        ("/v1/users/user_a/metadata", b'{"private_metadata": 1}', 422),
+        ("/v1/users/user_a/metadata", b'{"first_name": {}}', 422),
+    ],
+)
+def test_what_cannot_be_merged_changes_nothing(
+    clerk: StandIn, client: httpx.Client, path: str, content: bytes, expected: int
+) -> None:
+    clerk.put({"id": "user_a", "updated_at": T0})
+    before = clerk.users
+    assert client.patch(path, content=content).status_code == expected
+    assert clerk.users == before
+
+
 def test_an_odd_user_is_answered_as_it_is_and_keeps_his_place(clerk: StandIn, client: httpx.Client) -> None:
     three(clerk)
     clerk.odd("user_b", b'{"id":"user_b","private_metadata":"text"}')
