@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench import acks, drain, limits, servers
+from bench import acks, drain, limits, reading, servers
 from bench.report import Check, checks_table, machine
 from worker.errors import ConfigError, SyncError
 
@@ -33,7 +33,7 @@ class Part(Protocol):
     checks: Callable[[Sequence[Any]], list[Check]]
 
 
-PARTS: Final[dict[str, Any]] = {"acks": acks, "drain": drain, "limits": limits}
+PARTS: Final[dict[str, Any]] = {"acks": acks, "drain": drain, "limits": limits, "reading": reading}
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -63,8 +63,9 @@ def main(parts: tuple[str, ...], short: bool, json_path: Path | None, **given: A
     insert alone    our web server, and an insert and commit for each request: the least that must be done
 
     acks sends deliveries at fixed rates, whether or not they are answered, and then as many as are taken: how fast
-    they are answered, when their users are visible in Postgres, and what it costs. drain has a backlog applied, and
-    limits measures the signature check and the commit by themselves.
+    they are answered, when their users are visible in Postgres, and what it costs. drain has a backlog applied,
+    limits measures the signature check and the commit by themselves, and reading an application's queries beside
+    requests of getUser()'s kind.
 
     Everything runs on this machine: what else runs here shows in the figures. Shown are medians over the rounds, with
     the least and the most.

@@ -82,3 +82,14 @@ def test_what_the_machine_can_do_at_most_is_measured(told: Mapping[str, Any]) ->
     limits = {one["what"]: one["a_second"] for one in told["figures"]["limits"]}
     assert len(limits) == 2
     assert all(a_second > 0 for a_second in limits.values())
+
+
+def test_reading_a_user_is_measured_beside_a_request_of_getusers_kind(told: Mapping[str, Any]) -> None:
+    calls = [one for one in told["figures"]["reading"] if "p50_ms" in one]
+    assert {one["what"] for one in calls} >= {"getUser() of a stand-in", "select", "put_user"}
+    for one in calls:
+        assert 0 < one["p50_ms"] <= one["p99_ms"], one
+        assert one["a_second"] > 0, one
+    indexes = [one for one in told["figures"]["reading"] if "megabytes" in one]
+    assert len(indexes) == 2
+    assert all(one["megabytes"] > 0 and one["built_seconds"] > 0 for one in indexes)
