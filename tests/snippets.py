@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 
 from tests import nodejs
 
@@ -25,6 +26,7 @@ NAMED: Final = {
     "sql": re.compile(r"-- (\S+\.sql)\n"),
     "python": re.compile(r"# (\S+\.py)\n"),
     "js": re.compile(r"// (\S+\.mjs)\n"),
+    "sh": re.compile(r"# (\S+\.sh)\n"),
 }
 LIMIT_SECONDS: Final = 60.0
 
@@ -40,6 +42,8 @@ def files() -> dict[str, str]:
     for language, text in blocks():
         if language in NAMED:
             named = NAMED[language].match(text)
+            if language == "sh" and not named:
+                continue  # installs packages
             assert named, f"a block of {language} lacks the name of its file:\n{text}"
             assert named[1] not in found, f"there are two of {named[1]}"
             found[named[1]] = text
@@ -69,6 +73,15 @@ class Reader:
         self.ran.add(name)
         cursors = [connection.execute(statement.encode()) for statement in statements(files()[name])]
         return [cursor.fetchall() for cursor in cursors if cursor.description]
+
+    def shell(self, name: str, more: str) -> str:
+        """Run a file of shell commands, and more after it; what it prints."""
+        self.ran.add(name)
+        text = f"set -eu\n{files()[name]}{more}\n"
+        command = ["sh", "-c", text]
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True, timeout=30, check=True
+        ).stdout
 
     def python(self, name: str, code: str) -> Any:
         """Import a file as `page`, and run code that knows it; what the code returns, by way of JSON."""
@@ -144,3 +157,46 @@ def _answer(command: list[str], reader: Reader) -> Any:
 def _take(stream: Any, heard: Callable[[Any], None]) -> None:
     for line in stream:
         heard(json.loads(line))
+
+
+# --- What both the database's tests and those of the whole system do with the page's files
+
+
+def as_login(database_url: str, login: str) -> str:
+    """The same database, for a login that the page makes."""
+    parts = conninfo_to_dict(database_url)
+    return f"postgresql://{login}:change%20me@{parts['host']}:{parts['port']}/{parts['dbname']}"
+
+
+LISTENER: Final = "the listener"
+"""A connection's name."""
+
+CUT: Final = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s"
+
+HEAR: Final = {
+    "changes.py": """
+    class Told(page.Cache):
+        def forget(self, user_id):
+            super().forget(user_id)
+            print(json.dumps([user_id, self.get(user_id)]), flush=True)
+        def forget_all(self):
+            super().forget_all()
+            print(json.dumps(["everybody", None]), flush=True)
+    page.listen(Told(), every=EVERY)
+""",
+    "changes.mjs": """
+    const tell = (...said) => console.log(JSON.stringify(said));
+    class Told extends page.Cache {
+      forget(userId) {
+        super.forget(userId);
+        this.get(userId).then((row) => tell(userId, row));
+      }
+      forgetAll() {
+        super.forgetAll();
+        tell("everybody", null);
+      }
+    }
+    await page.listen(new Told(), { every: EVERY * 1000 });
+""",
+}
+"""Code for each that prints what a cache is told, and what it then reads. EVERY is to be replaced by seconds."""
