@@ -19,7 +19,7 @@ from bench import population
 from tests import nodejs
 from tests.events import changed, deleted
 from tests.pulling import deliver
-from tests.snippets import CUT, HEAR, LISTENER, Reader, as_login, blocks, files
+from tests.snippets import CUT, FENCE, HEAR, LISTENER, PAGE, Reader, as_login, blocks, files
 from tests.waiting import until
 from worker import local, schema
 from worker.db import Connection
@@ -102,6 +102,15 @@ def test_what_isnt_run_is_an_example_of_a_notice_or_installs_what_the_tests_use(
             case _:
                 pytest.fail(line)
     assert {language for language, _ in blocks()} == {"sql", "python", "js", "sh", "json"}
+
+
+def test_every_link_leads_to_a_heading_that_is_there() -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", PAGE.read_text("utf-8"))
+    assert len(links) > 20
+    for path, anchor in links:
+        text = FENCE.sub("", (PAGE.parent / path if path else PAGE).read_text("utf-8"))
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}, f"{path}#{anchor}"
 
 
 # --- Reading
@@ -212,9 +221,9 @@ django.setup()
 def test_django_reads_the_view_and_makes_no_table_of_it(reader: Reader) -> None:
     (reader.folder / "django_project.py").write_text(DJANGO, "utf-8")
     code = """
-        from django.db import connection
         found = page.metadata("user_ada")
         assert page.metadata("user_none") is None
+        assert "-> plan)" in str(page.UserMetadata.objects.filter(private_metadata__plan="pro").query)
         return [found.private_metadata, found.public_metadata, found.updated_at, page.on_plan("pro")]
     """
     private, public, updated_at, on_plan = reader.python("members/queries.py", code)
@@ -468,13 +477,24 @@ def test_what_was_read_during_a_change_is_answered_and_not_kept(reader: Reader) 
 # --- Each user their own row
 
 
+OWNER = """
+create role my_owner createrole in role clerk_reader;
+grant create on database clerk to my_owner
+"""
+
+
 @pytest.fixture
 def own_rows(reader: Reader, users: Connection) -> Iterator[str]:
-    """The application's view, and the address of the login that has nothing else."""
+    """The application's view, made by an owner who has clerk_reader; the address of the login that has the view."""
+    users.execute(OWNER)
+    users.execute("set role my_owner")
     reader.sql("own_row.sql", users)
+    users.execute("reset role")
     yield as_login(reader.settings["DATABASE_URL"], "my_web")
     users.execute("drop schema my_app cascade")
     users.execute("drop role my_web")
+    users.execute("drop owned by my_owner")
+    users.execute("drop role my_owner")
 
 
 # Costs less than the view's own condition, so Postgres would ask it first; it tells of what it is given.
