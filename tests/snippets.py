@@ -108,10 +108,17 @@ class Reader:
                 process.kill()
                 reading.join()
 
+    def install(self) -> None:
+        """What `npm install` does."""
+        modules = self.folder / "node_modules"
+        if not modules.exists():
+            modules.symlink_to(nodejs.modules())
+
     @property
     def environment(self) -> dict[str, str]:
         """What its programs are given."""
-        return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.folder), **self.settings}
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+        return {"PATH": path, "HOME": str(self.folder), **self.settings}
 
     def _command(self, name: str, code: str) -> list[str]:
         self.ran.add(name)
@@ -128,9 +135,7 @@ class Reader:
                 "print(json.dumps(found, default=str), flush=True)",
             )
             return [sys.executable, "-W", "error", "-c", "\n".join(lines)]
-        modules = self.folder / "node_modules"
-        if not modules.exists():
-            modules.symlink_to(nodejs.modules())
+        self.install()
         lines = (
             f'const page = await import("./{name}");',
             f"const main = async () => {{\n{code}\n}};",

@@ -134,6 +134,20 @@ def test_the_demos_address_is_found_where_the_page_says(reader: Reader) -> None:
     assert reader.shell("demo.sh", 'echo "$DATABASE_URL"') == "postgresql://demo\n"
 
 
+@runs("look-in-python.sh")
+def test_a_first_look_in_python(reader: Reader) -> None:
+    assert (
+        reader.shell("look-in-python.sh", "") == f"{ {'private': {'plan': 'pro', 'credits': LARGE}, 'public': BIG} }\n"
+    )
+
+
+@node
+@runs("look-in-node.sh")
+def test_a_first_look_in_node(reader: Reader) -> None:
+    reader.install()
+    assert "plan: 'pro'" in reader.shell("look-in-node.sh", "")
+
+
 @node
 @runs("before.mjs", "metadata.mjs")
 def test_one_function_replaces_another_in_node(reader: Reader, clerk: StandIn) -> None:
