@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from worker.cli.demo import BIOGRAPHY, Row, users, wrong_rows
+from worker.cli.demo import BIOGRAPHY, Row, _program, users, wrong_rows
 
 RUN = "0a1b2c"
 PEOPLE = users(RUN)
@@ -34,3 +37,19 @@ def test_a_row_that_is_missing_is_named(user: str) -> None:
 @pytest.mark.parametrize("user", [PEOPLE.dan, PEOPLE.eve])
 def test_a_row_of_somebody_who_is_deleted_is_named(user: str) -> None:
     assert wrong_rows([*RIGHT, (user, {"plan": "free"}, None, None, 57)], RUN) == [f"{user} is not as it should be"]
+
+
+@pytest.mark.parametrize(
+    ("called", "expected"),
+    [
+        (".venv/bin/clerk-sync", ".venv/bin/clerk-sync"),  # as make does
+        ("HERE/.venv/bin/clerk-sync", ".venv/bin/clerk-sync"),
+        ("/opt/clerk-sync/bin/clerk-sync", "clerk-sync"),
+    ],
+)
+def test_what_another_terminal_is_to_run_is_found_from_the_same_folder(
+    called: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [called.replace("HERE", str(tmp_path)), "demo"])
+    assert _program() == expected

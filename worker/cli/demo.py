@@ -264,7 +264,7 @@ def _shortened(text: str, most: int = 45) -> str:
 
 def _program() -> str:
     """How this program was called, as short as another terminal in the same folder takes it."""
-    path = Path(sys.argv[0])
+    path = Path(sys.argv[0]).absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
