@@ -78,4 +78,4 @@ lock: $(READY)
 
 clean:
 	@test ! -e .clerk-sync -o ! -x $(BIN)/python || $(BIN)/python -c 'import pathlib, worker.local as l; l.discard(pathlib.Path(".clerk-sync"))'
-	rm -rf .venv .fuzz .clerk-sync .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf tests/node/node_modules tests/node/.lock .venv .fuzz .clerk-sync .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -471,21 +471,39 @@ def test_a_cache_begins_anew_on_another_server(name: str, code: str, reader: Rea
     assert (kept, same) == (0, True)
 
 
-RACE_IN_PYTHON: Final = """
-    cache = page.Cache()
-    read = page.metadata
-    def slowly(user_id):
-        row = read(user_id)
-        cache.forget(user_id)
-        return row
-    page.metadata = slowly
-    return [cache.get("user_ada") is not None, list(cache.rows)]
-"""
+CHANGED_MEANWHILE: Final = {
+    "changes.py": """
+        cache = page.Cache()
+        read = page.metadata
+        def slowly(user_id):
+            row = read(user_id)
+            cache.forget("whoever")
+            return row
+        page.metadata = slowly
+        during = [cache.get("user_ada") is not None, list(cache.rows)]
+        page.metadata = read
+        return [*during, cache.get("user_ada") is not None, list(cache.rows)]
+    """,
+    "changes.mjs": """
+        const cache = new page.Cache();
+        const reading = cache.get("user_ada");
+        cache.forget("whoever");
+        const during = [(await reading) !== null, [...cache.rows.keys()]];
+        return [...during, (await cache.get("user_ada")) !== null, [...cache.rows.keys()]];
+    """,
+}
 
 
-@runs("changes.py")
-def test_what_was_read_during_a_change_is_answered_and_not_kept(reader: Reader) -> None:
-    assert reader.python("changes.py", RACE_IN_PYTHON) == [True, []]
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("changes.py", marks=runs("changes.py")),
+        pytest.param("changes.mjs", marks=[runs("changes.mjs"), node]),
+    ],
+)
+def test_what_was_read_during_a_change_is_answered_and_not_kept(name: str, reader: Reader) -> None:
+    ask = reader.python if name.endswith(".py") else reader.node
+    assert ask(name, CHANGED_MEANWHILE[name]) == [True, [], True, ["user_ada"]]
 
 
 # --- Each user their own row
