@@ -83,13 +83,19 @@ class Reader:
             command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True, timeout=30, check=True
         ).stdout
 
-    def python(self, name: str, code: str) -> Any:
-        """Import a file as `page`, and run code that knows it; what the code returns, by way of JSON."""
-        return _answer(self._command(name, code), self)
-
-    def node(self, name: str, code: str) -> Any:
-        """The same in Node."""
-        return _answer(self._command(name, code), self)
+    def run(self, name: str, code: str) -> Any:
+        """Import a file of Python or Node as `page`, and run code that knows it; what it returns, by way of JSON."""
+        ran = subprocess.run(
+            self._command(name, code),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
 
     @contextmanager
     def running(self, name: str, code: str) -> Iterator[list[Any]]:
@@ -143,20 +149,6 @@ class Reader:
             "process.exit(0);",
         )
         return ["node", "--input-type=module", "--eval", "\n".join(lines)]
-
-
-def _answer(command: list[str], reader: Reader) -> Any:
-    ran = subprocess.run(
-        command,
-        cwd=reader.folder,
-        env=reader.environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
 
 
 def _take(stream: Any, heard: Callable[[Any], None]) -> None:

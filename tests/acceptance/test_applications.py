@@ -26,7 +26,7 @@ LANGUAGES: Final = [
     "python",
     pytest.param("node", marks=pytest.mark.skipif(not nodejs.INSTALLED, reason=nodejs.WHY_NOT)),
 ]
-READ: Final = {"python": 'return page.metadata("USER")', "node": 'return page.metadata("USER")'}
+READ: Final = 'return page.metadata("USER")'
 WRITE_AND_READ: Final = {
     "python": """
         from metadata import metadata
@@ -83,12 +83,6 @@ def reader(tmp_path: Path, login: str, clerk: StandIn) -> Reader:
     return Reader(tmp_path, DATABASE_URL=login, CLERK_SECRET_KEY=clerk.secret_key, CLERK_API_URL=clerk.url)
 
 
-def run(reader: Reader, language: str, file: str, code: str, user_id: str) -> Any:
-    """Run code that knows one of the page's files."""
-    ask = reader.node if language == "node" else reader.python
-    return ask(FILES[language][file], code.replace("USER", user_id))
-
-
 def test_the_readmes_python_reads_every_user_of_a_running_system(
     system: System, client: Client, tmp_path: Path
 ) -> None:
@@ -114,7 +108,7 @@ def test_an_application_reads_what_a_webhook_brought(
     user_id = new_user()
     assert client.deliver(user_event(user_id, now_ms(), {"plan": "free"})).status == 202
     until(lambda: system.rows(user_id), what="the row")
-    found = run(reader, language, "metadata", READ[language], user_id)
+    found = reader.run(FILES[language]["metadata"], READ.replace("USER", user_id))
     assert found == {"private": {"canary": CANARY, "plan": "free"}, "public": None}
 
 
@@ -125,13 +119,14 @@ def test_an_application_reads_its_own_write_at_once_and_the_webhook_changes_noth
     user_id = new_user()
     kinds = {"private_metadata": {"plan": "free"}, "public_metadata": {"role": "admin"}}
     clerk.put({"id": user_id, "first_name": CANARY, **kinds})
-    said, row = run(reader, language, "write", WRITE_AND_READ[language], user_id)
+    said, row = reader.run(FILES[language]["write"], WRITE_AND_READ[language].replace("USER", user_id))
     assert said == "applied"
     assert row == {"private": {"plan": "pro"}, "public": {"role": "admin"}}
     until(lambda: system.rows(user_id)[user_id][1] is None, 20, "a worker to drop what the token carries")
     assert client.deliver(webhook(clerk, user_id)).status == 202
     system.settle()
-    assert run(reader, language, "metadata", READ[language], user_id) == {"private": {"plan": "pro"}, "public": None}
+    found = reader.run(FILES[language]["metadata"], READ.replace("USER", user_id))
+    assert found == {"private": {"plan": "pro"}, "public": None}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -156,15 +156,15 @@ def test_one_function_replaces_another_in_node(reader: Reader, clerk: StandIn) -
     asked = (
         """return [await page.metadata("user_ada"), await page.metadata("user_none").catch((error) => error.status)]"""
     )
-    before, was_none = reader.node("before.mjs", asked)
-    after, none = reader.node("metadata.mjs", asked)
+    before, was_none = reader.run("before.mjs", asked)
+    after, none = reader.run("metadata.mjs", asked)
     assert after == before == {"private": {"plan": "pro", "credits": LARGE - 1}, "public": BIG}
     assert (was_none, none) == (404, None)
 
 
 @runs("metadata.py")
 def test_psycopg_reads_exactly_what_was_sent(reader: Reader) -> None:
-    found = reader.python("metadata.py", "return [page.metadata(f'user_{name}') for name in ('ada', 'bob', 'none')]")
+    found = reader.run("metadata.py", "return [page.metadata(f'user_{name}') for name in ('ada', 'bob', 'none')]")
     assert found == [
         {"private": {"plan": "pro", "credits": LARGE}, "public": BIG},
         {"private": {"plan": "team"}, "public": None},
@@ -186,11 +186,11 @@ def test_sql_reads_one_asks_for_many_and_joins(reader: Reader, users: Connection
 @runs("typed.py")
 def test_a_model_checks_the_row(reader: Reader, users: Connection) -> None:
     code = "found = page.user_metadata('user_ada'); return [found.model_dump(), type(found.private_metadata).__name__]"
-    row, kind = reader.python("typed.py", code)
+    row, kind = reader.run("typed.py", code)
     assert (row["private_metadata"], kind) == ({"plan": "pro", "credits": LARGE}, "Private")
     assert row["public_metadata"] == BIG
     assert row["updated_at"].startswith("2023-11-14 22:13:20+00:00")
-    assert reader.python("typed.py", "return page.user_metadata('user_none')") is None
+    assert reader.run("typed.py", "return page.user_metadata('user_none')") is None
     deliver(users, changed("user_bob", VERSION + 1, private={"plan": "enterprise"}))
     refused = """
         try:
@@ -198,7 +198,7 @@ def test_a_model_checks_the_row(reader: Reader, users: Connection) -> None:
         except ValueError as error:
             return type(error).__name__
     """
-    assert reader.python("typed.py", refused) == "ValidationError"
+    assert reader.run("typed.py", refused) == "ValidationError"
 
 
 @runs("orm.py")
@@ -210,7 +210,7 @@ def test_sqlalchemy_maps_the_view_and_makes_no_table_of_it(reader: Reader) -> No
         assert not Own.metadata.tables, "what the application makes tables of"
         return [found.private_metadata, found.public_metadata, str(found.updated_at), page.on_plan("pro")]
     """
-    private, public, updated_at, on_plan = reader.python("orm.py", code)
+    private, public, updated_at, on_plan = reader.run("orm.py", code)
     assert (private, public) == ({"plan": "pro", "credits": LARGE}, BIG)
     assert updated_at == "2023-11-14 22:13:20+00:00"
     assert on_plan == ["user_ada"]
@@ -240,7 +240,7 @@ def test_django_reads_the_view_and_makes_no_table_of_it(reader: Reader) -> None:
         assert "-> plan)" in str(page.UserMetadata.objects.filter(private_metadata__plan="pro").query)
         return [found.private_metadata, found.public_metadata, found.updated_at, page.on_plan("pro")]
     """
-    private, public, updated_at, on_plan = reader.python("members/queries.py", code)
+    private, public, updated_at, on_plan = reader.run("members/queries.py", code)
     assert (private, public) == ({"plan": "pro", "credits": LARGE}, BIG)
     assert updated_at == "2023-11-14 22:13:20+00:00"
     assert on_plan == ["user_ada"]
@@ -252,7 +252,7 @@ def test_django_reads_the_view_and_makes_no_table_of_it(reader: Reader) -> None:
         call_command("sqlmigrate", "members", "0001", stdout=said, no_color=True)
         return said.getvalue()
     """
-    said = reader.python("members/models.py", code)
+    said = reader.run("members/models.py", code)
     assert "UserMetadata" in said
     assert "create table" not in said.lower()
 
@@ -263,7 +263,7 @@ def test_drizzle_reads_the_view(reader: Reader) -> None:
     code = """
         return [await page.metadata("user_ada"), await page.metadata("user_none"), await page.onPlan("pro")]
     """
-    found, none, on_plan = reader.node("drizzle.mjs", code)
+    found, none, on_plan = reader.run("drizzle.mjs", code)
     assert (found["privateMetadata"], found["publicMetadata"]) == ({"plan": "pro", "credits": LARGE - 1}, BIG)
     assert found["updatedAt"] == "2023-11-14T22:13:20.000Z"
     assert none is None
@@ -280,7 +280,7 @@ FROM_BOTH: Final = [BIG, {"role": "of the token"}, None]
 @runs("token_first.py")
 def test_python_takes_from_the_token_what_the_view_leaves_out(reader: Reader) -> None:
     code = f"return [[page.public_metadata(claims), page.role(claims)] for claims in {CLAIMS}]"
-    assert reader.python("token_first.py", code) == [[found, "of the token"] for found in FROM_BOTH]
+    assert reader.run("token_first.py", code) == [[found, "of the token"] for found in FROM_BOTH]
 
 
 @node
@@ -290,7 +290,7 @@ def test_node_takes_from_the_token_what_the_view_leaves_out(reader: Reader) -> N
         const of = async (claims) => [await page.publicMetadata(claims), page.role(claims)];
         return Promise.all({json.dumps(CLAIMS)}.map(of));
     """
-    assert reader.node("token-first.mjs", code) == [[found, "of the token"] for found in FROM_BOTH]
+    assert reader.run("token-first.mjs", code) == [[found, "of the token"] for found in FROM_BOTH]
 
 
 # --- Writing through
@@ -311,7 +311,7 @@ def test_python_reads_its_own_write(reader: Reader, clerk: StandIn, ready: None)
         user = page.clerk.get("/v1/users/user_ada").text
         return [*said, page.put(user), metadata("user_ada") == said[1]]
     """
-    said, row, again, same = reader.python("write.py", code)
+    said, row, again, same = reader.run("write.py", code)
     assert (said, again, same) == ("applied", "unchanged", True)
     assert row["private"] == {"plan": "team", "credits": LARGE}
 
@@ -325,7 +325,7 @@ def test_node_reads_its_own_write(reader: Reader, clerk: StandIn, ready: None) -
         const said = [await page.setPlan("user_ada", "team"), await metadata("user_ada")];
         return [...said, await page.put(await page.clerk.users.getUser("user_ada"))];
     """
-    said, row, again = reader.node("write.mjs", code)
+    said, row, again = reader.run("write.mjs", code)
     assert (said, again) == ("applied", "unchanged")
     assert row == {"private": {"plan": "team"}, "public": BIG}
 
@@ -353,7 +353,7 @@ def test_each_outcome_and_error_is_as_the_page_has_it(
                 said[name] = error.sqlstate
         return said
     """
-    said = reader.python("write.py", code)
+    said = reader.run("write.py", code)
     assert said == {"ada": "applied", "bob": "older", "eve": "deleted", "an envelope": "22023", "a zero": "22P05"}
 
 
@@ -369,7 +369,7 @@ def test_python_fetches_who_just_signed_up(reader: Reader, clerk: StandIn, ready
             found = list(threads.map(page.mine, [{"sub": "user_new"}] * 8))
         return [found, page.mine({"sub": "user_new"}), page.mine({"sub": "user_gone"}), page.mine({"sub": "user_ada"})]
     """
-    found, again, gone, ada = reader.python("fetch_on_miss.py", code)
+    found, again, gone, ada = reader.run("fetch_on_miss.py", code)
     assert {json.dumps(one["private"]) for one in [*found, again]} == {'{"plan": "trial"}'}
     assert gone is None
     assert ada["private"]["plan"] == "pro"
@@ -387,7 +387,7 @@ def test_node_fetches_who_just_signed_up_once(reader: Reader, clerk: StandIn, re
         const others = ["user_new", "user_gone", "user_ada"].map((sub) => page.mine({ sub }));
         return [found, ...(await Promise.all(others))];
     """
-    found, again, gone, ada = reader.node("fetch-on-miss.mjs", code)
+    found, again, gone, ada = reader.run("fetch-on-miss.mjs", code)
     assert {json.dumps(one["private"]) for one in [*found, again]} == {'{"plan": "trial"}'}
     assert gone is None
     assert ada["private"]["plan"] == "pro"
@@ -465,8 +465,7 @@ BEGIN_ANEW_IN_NODE: Final = f"""
     ],
 )
 def test_a_cache_begins_anew_on_another_server(name: str, code: str, reader: Reader, users: Connection) -> None:
-    ask = reader.python if name.endswith(".py") else reader.node
-    cursor, kept, same = ask(name, code)
+    cursor, kept, same = reader.run(name, code)
     assert users.execute("select count(*) from clerk.changes_since(%s)", (cursor,)).fetchone() == (0,)
     assert (kept, same) == (0, True)
 
@@ -502,8 +501,7 @@ CHANGED_MEANWHILE: Final = {
     ],
 )
 def test_what_was_read_during_a_change_is_answered_and_not_kept(name: str, reader: Reader) -> None:
-    ask = reader.python if name.endswith(".py") else reader.node
-    assert ask(name, CHANGED_MEANWHILE[name]) == [True, [], True, ["user_ada"]]
+    assert reader.run(name, CHANGED_MEANWHILE[name]) == [True, [], True, ["user_ada"]]
 
 
 # --- Each user their own row
@@ -554,7 +552,7 @@ def test_a_login_reads_the_signed_in_users_row_and_no_other(reader: Reader, own_
         return said
     """
     bob = {"private": {"plan": "team"}, "public": None}
-    assert reader.python("own_row.py", code) == [bob, None, bob, None, "refused"]
+    assert reader.run("own_row.py", code) == [bob, None, bob, None, "refused"]
 
 
 @runs("own_row.sql")
@@ -682,8 +680,7 @@ def test_a_query_by_a_field_takes_its_index(
 ) -> None:
     (reader.folder / "django_project.py").write_text(DJANGO, "utf-8")
     whole, used = scans(indexed, index)
-    ask = reader.node if name.endswith(".mjs") else reader.python
-    assert ask(name, code) == ["user_ada"]
+    assert reader.run(name, code) == ["user_ada"]
     until(lambda: scans(indexed, index)[1] > used, what="the use of the index")
     assert scans(indexed, index)[0] == whole, "nobody has read the whole table"
 
