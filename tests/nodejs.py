@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import Final
 
 FOLDER: Final = Path(__file__).parent / "node"
-INSTALLED: Final = all(map(shutil.which, ("node", "npm")))
-WHY_NOT: Final = "Node isn't installed: node and npm aren't on PATH"
+OLDEST: Final = 20
+"""What the packages need."""
+
+
+def _installed() -> bool:
+    if not all(map(shutil.which, ("node", "npm"))):
+        return False
+    said = subprocess.run(["node", "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
+    return int(said.removeprefix("v").partition(".")[0] or 0) >= OLDEST
+
+
+INSTALLED: Final = _installed()
+WHY_NOT: Final = f"Node isn't installed: no node of version {OLDEST} or newer on PATH, or no npm"
 
 
 def modules() -> Path:
