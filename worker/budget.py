@@ -224,7 +224,7 @@ def report(population: Iterable[Weighed], policy: Policy, exactly: Exactly) -> R
         max=largest,
         stale=stale,
         inexact=scale.inexact,
-        histogram=_histogram(scale.spread, policy.budget),
+        histogram=histogram(scale.spread, policy.budget),
         worst=scale.worst,
         fields=tuple(listed[:FIELDS_LISTED]),
         other_fields=max(0, len(listed) - FIELDS_LISTED),
@@ -269,7 +269,9 @@ def _report_fields(tallies: Mapping[Kind, dict[str, list[int]]], template: Templ
     return sorted(fields, key=lambda field: (-field.total, field.name))
 
 
-def _histogram(spread: Mapping[int, int], budget: int) -> tuple[Bar, ...]:
+def histogram(spread: Mapping[int, int], budget: int) -> tuple[Bar, ...]:
+    """Users by what their claims weigh; `spread` tells how many weigh how many bytes. Ten bars are up to the budget,
+    ten up to twice as much, and one is of those beyond."""
     ends = sorted({budget * step // 10 for step in range(1, 21)})
     users = [0] * (len(ends) + 1)
     for weight, having in spread.items():

@@ -71,6 +71,11 @@ class Run:
         """How many users differed from Clerk's."""
         return sum(self.counters[name] for name in DRIFT)
 
+    @property
+    def drift(self) -> str:
+        """The users that differed, by how: `3 missing, 1 gone`. Empty where nobody did."""
+        return ", ".join(f"{self.counters[name]:,} {name}" for name in DRIFT if self.counters[name])
+
     def count(self, outcomes: Iterable[str]) -> None:
         """Count users by the gate's outcomes."""
         self.counters.update(OUTCOMES[outcome] for outcome in outcomes)

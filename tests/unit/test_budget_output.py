@@ -17,11 +17,12 @@ from rich.table import Table
 
 from worker.budget import Bar, Checked, Claims, Cookie, Field, Kind, Report
 from worker.cli import main
-from worker.cli.charts import blocks, cut, percent, print_whole
+from worker.cli.charts import blocks, cut, print_whole
 from worker.cli.page import render
 from worker.cli.summary import draw_checked, draw_report, draw_suggestion, keeps_all
 from worker.jsontext import visible
 from worker.suggest import Moved, Suggestion
+from worker.words import percent
 
 HOSTILE: Final = "unsafe_metadata.\u202e[red]\x1b[31m<script>alert(1)</script>\u200b\n\ufe0f\u3164"
 SHOWN: Final = r"unsafe_metadata.\u202e[red]\u001b[31m<script>alert(1)</script>\u200b\n\ufe0f\u3164"

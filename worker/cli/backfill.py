@@ -10,10 +10,10 @@ from typing import Final
 import click
 
 from worker import backfill as pull
-from worker.cli.charts import plural
 from worker.cli.options import info_option, json_option, settings, to_json
 from worker.cli.pulling import Shown, ending, patience_option, print_unusable, pulling
 from worker.runs import SEEN, Run
+from worker.words import plural
 
 STAYS: Final = "What was done stays; clerk-sync backfill goes on from there."
 

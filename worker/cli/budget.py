@@ -18,7 +18,7 @@ from rich.progress import Progress, track
 from worker import db, users
 from worker.budget import KINDS, Exactly, check, report
 from worker.claims import Weighed, Weights
-from worker.cli.charts import console, plural
+from worker.cli.charts import console
 from worker.cli.options import connect, info_option, json_option, settings, to_json
 from worker.cli.summary import draw_checked, draw_report, draw_suggestion, findings, keeps_all
 from worker.errors import SyncError
@@ -26,6 +26,7 @@ from worker.jsontext import visible
 from worker.policy import Copy, Policy
 from worker.suggest import suggest
 from worker.template import Finding, Template, lint
+from worker.words import plural
 
 
 @click.group()

@@ -1,4 +1,4 @@
-"""How numbers, hostile names, histograms and the heaviest users look in the terminal."""
+"""How hostile names, histograms and the heaviest users look in the terminal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from worker.budget import Bar, Claims
 from worker.jsontext import visible
+from worker.words import label, percent
 
 NAME_CELLS: Final = 40
 """Names are cut here in tables; never in JSON or on the page."""
@@ -29,28 +30,6 @@ def cut(text: str, cells: int = NAME_CELLS) -> str:
     """The visible text, cut to so many cells of the terminal."""
     shown = visible(text)
     return shown if cell_len(shown) <= cells else set_cell_size(shown, cells - 1).rstrip() + "…"
-
-
-def percent(part: float, whole: float = 1.0) -> str:
-    """A share as people read it; neither none nor all where it isn't."""
-    share = 100 * part / whole if whole else 0.0
-    if 0 < share < 0.1:
-        return "<0.1 %"
-    if 99.9 < share < 100:
-        return ">99.9 %"
-    return f"{share:.1f} %" if share else "0 %"
-
-
-def plural(number: int, noun: str) -> str:
-    """`1 user`, `2,000 users`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def label(bar: Bar) -> str:
-    """The range of a bar, in bytes."""
-    if bar.high is None:
-        return f"{bar.low:,} or more"
-    return f"{bar.low:,} to {bar.high:,}" if bar.high > bar.low else f"{bar.low:,}"
 
 
 def console() -> Console:

@@ -22,12 +22,12 @@ from worker.app import create_celery, waiting
 from worker.check import Line, Probe, noted
 from worker.clerk import another_instance, askable, budgeted, heard_of, look_up
 from worker.clerk_api import MOST_IDS
-from worker.cli.charts import plural
 from worker.cli.options import info_option, json_option, read_info, settings, to_json
 from worker.cli.send import sign
 from worker.errors import ConfigError, SyncError
 from worker.settings import Settings
 from worker.template import ASSUMED_TEMPLATE
+from worker.words import plural
 
 SECRET_NAMES: Final = ("CLERK_WEBHOOK_SIGNING_SECRET", "CLERK_WEBHOOK_SECRET")
 TEMPLATE_NAMES: Final = ("SESSION_CLAIMS:", "SESSION_CLAIMS_ASSUMED_BYTES")

@@ -19,13 +19,13 @@ from rich.table import Table
 
 from worker import db
 from worker.clerk import budgeted
-from worker.cli.charts import plural
 from worker.cli.send import post
 from worker.cli.up import Info, announce, data_dir_option, port_option, serve
 from worker.errors import SyncError
 from worker.refresh import Result, refresh_users
 from worker.settings import Settings
 from worker.standin import StandIn
+from worker.words import plural
 
 APPLIED_WITHIN_SECONDS: Final = 10.0
 ANSWERED_WITHIN_SECONDS: Final = 10.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any, Final
 
 from rich.table import Table
 from rich.text import Text
 
 from worker.runs import BACKFILL, DRIFT, SEEN, Overview, Run
+from worker.words import age
 
 WHY: Final = {
     "asked": "as asked for",
@@ -30,21 +30,6 @@ def why(run: Run) -> str:
     return WHY.get(run.cause, run.cause)
 
 
-def found(run: Run) -> str:
-    """The users that differed, by how: `3 missing, 1 gone`. Empty where nobody did."""
-    return ", ".join(f"{run.counters[name]:,} {name}" for name in DRIFT if run.counters[name])
-
-
-def age(passed: timedelta) -> str:
-    """How long ago something was, in one unit: `12 s`, `5 min`, `3 h`, `2 d`."""
-    seconds = max(0, int(passed.total_seconds()))
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        # From two on: 90 minutes are nearer to the truth than an hour.
-        if seconds >= 2 * length:
-            return f"{seconds // length:,} {unit}"
-    return f"{seconds} s"
-
-
 def table(overviews: Sequence[Overview]) -> Table:
     """The last run of each kind."""
     shown = Table(box=None, pad_edge=False)
@@ -63,7 +48,7 @@ def table(overviews: Sequence[Overview]) -> Table:
             f"{age(one.at - (run.finished_at or run.started_at))} ago",
             f"{run.users:,}",
             f"{run.calls:,}",
-            ", ".join(filter(None, (found(run) or applied, _unusable(run)))) or "nothing",
+            ", ".join(filter(None, (run.drift or applied, _unusable(run)))) or "nothing",
         )
     return shown
 

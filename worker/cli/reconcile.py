@@ -14,13 +14,14 @@ from rich.text import Text
 from worker import reconcile as repair
 from worker import runs
 from worker.api_budget import key_id
-from worker.cli.charts import plural, print_whole
-from worker.cli.history import counted, found, why
+from worker.cli.charts import print_whole
+from worker.cli.history import counted, why
 from worker.cli.options import info_option, json_option, settings, to_json
 from worker.cli.pulling import Shown, ending, patience_option, print_unusable, pulling
 from worker.jsontext import visible
 from worker.reconcile import MANY, MOST_NAMED, Drift, Progress
 from worker.runs import DRIFT, MOST_LISTED, Run
+from worker.words import plural
 
 NAMED: Final = 10
 """So many users of each kind of drift are shown; JSON names more."""
@@ -98,7 +99,7 @@ def _run_json(run: Run) -> dict[str, Any]:
 def _print_run(run: Run, apart: int, seconds: float) -> None:
     click.echo(f"Run {run.id} is done: {run.kind}, {why(run)}; {plural(run.users, 'user')} compared.")
     erased = " at Clerk: erased" if run.counters["gone"] else ""
-    click.echo(f"Repaired: {found(run)}{erased}." if run.found else "Nothing differed.")
+    click.echo(f"Repaired: {run.drift}{erased}." if run.found else "Nothing differed.")
     if newer := run.counters["older"]:
         click.echo(f"Newer here than what Clerk's answer said: {plural(newer, 'user')}, left as they are.")
     _print_tombstoned(run.counters["tombstoned"])

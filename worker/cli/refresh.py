@@ -16,11 +16,12 @@ from rich.text import Text
 
 from worker import db, users
 from worker.clerk_api import ClerkApi, is_user_id
-from worker.cli.charts import plural, print_whole
+from worker.cli.charts import print_whole
 from worker.cli.options import info_option, json_option, settings, to_json
 from worker.cli.pulling import patience_option, pulling
 from worker.policy import Policy
 from worker.refresh import Result, refresh_missing, refresh_users
+from worker.words import plural
 
 COLOURS = {"applied": "green", "erased": "yellow", "unusable": "red"}
 

@@ -17,11 +17,12 @@ from rich.text import Text
 
 from worker import db, inbox, roles, runs
 from worker.app import create_celery, waiting
-from worker.cli.history import age, errors, listed, table
+from worker.cli.history import errors, listed, table
 from worker.cli.options import info_option, json_option, settings, to_json
 from worker.errors import ConfigError
 from worker.runs import BACKFILL, Overview
 from worker.settings import Settings
+from worker.words import age
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

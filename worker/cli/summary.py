@@ -14,10 +14,11 @@ from rich.text import Text
 
 from worker.budget import KINDS, Checked, Claims, Cookie, Field, Kind, Report
 from worker.claims import FIELDS_KEPT, NAME_BYTES
-from worker.cli.charts import NAME_CELLS, WIDEST, ascii_only, blocks, cut, histogram, percent, plural, worst
+from worker.cli.charts import NAME_CELLS, WIDEST, ascii_only, blocks, cut, histogram, worst
 from worker.jsontext import visible
 from worker.suggest import Moved, Suggestion
 from worker.template import Finding
+from worker.words import percent, plural
 
 LISTED: Final = 15
 """How many fields are shown; JSON and the page have all."""
