@@ -18,7 +18,8 @@ delete from clerk.users;
 delete from clerk.user_contents;
 delete from clerk.webhook_events;
 delete from clerk.api_budget;
-delete from clerk.runs
+delete from clerk.runs;
+delete from clerk.minutes
 """
 
 

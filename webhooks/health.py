@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 import psycopg
 
-from worker import inbox, roles, runs
+from worker import inbox, metrics, minutes, roles, runs
 from worker.db import Connection, deadline, describe
 
 log = logging.getLogger(__name__)
@@ -44,14 +45,17 @@ class Health:
         return problems
 
     def counts(self) -> dict[str, Any] | None:
-        """What the inbox counts, and how the `runs` stand; None where Postgres doesn't answer."""
+        """What the inbox counts, how the `runs` stand, and the minutes that workers counted of late; None where
+        Postgres doesn't answer."""
         try:
             with self._connect() as connection, deadline(connection, LIMIT_SECONDS):
                 counts = inbox.counts(connection)
-                try:
-                    return counts | {"runs": runs.overview(connection)}
-                except psycopg.errors.UndefinedTable:  # deployed before the migration
-                    return counts | {"runs": []}
+                counts |= {"runs": [], "last_minutes": None, "recent_minutes": None}
+                with contextlib.suppress(psycopg.errors.UndefinedTable):  # deployed before the migration
+                    counts["runs"] = runs.overview(connection)
+                    counts["last_minutes"] = minutes.since(connection, metrics.LAST)
+                    counts["recent_minutes"] = minutes.since(connection, metrics.RECENT)
+                return counts
         except psycopg.Error:
             return None
 

@@ -14,7 +14,7 @@ import psycopg
 
 Connection = psycopg.Connection[Any]
 
-SCHEMA_VERSION: Final = "0008"
+SCHEMA_VERSION: Final = "0009"
 """The last step in `migrations/versions` that this code was written for."""
 
 # What a row's own content can cause. Everything else (a lost connection, a lock, a missing table or privilege) is

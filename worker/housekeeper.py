@@ -1,5 +1,5 @@
-"""Keeps the tables tidy: erases what dead events of deleted users carry, prunes applied ones past their time, and
-weighs the users whom applications have put.
+"""Keeps the tables tidy: erases what dead events of deleted users carry, prunes applied ones past their time, counts
+what happened in each minute, and weighs the users whom applications have put.
 
 A thread of its own, over a connection of its own: under a steady load a drain goes on and on.
 """
@@ -15,7 +15,7 @@ from typing import Final
 
 import psycopg
 
-from worker import inbox, users
+from worker import inbox, minutes, users
 from worker.db import Connection, deadline, describe
 from worker.policy import Policy
 
@@ -30,6 +30,9 @@ WEIGH_SECONDS: Final = 5.0
 PRUNE_SECONDS: Final = 60.0
 """How often it prunes; until none are left, with each look."""
 
+COUNT_AGAIN_SECONDS: Final = 60.0
+"""After what took too long to count. Else it looks each time whether a minute is over."""
+
 
 class Housekeeper(threading.Thread):
     """Looks every ten seconds; applied events are kept for `keep`. A failure is told, and tried again."""
@@ -40,6 +43,7 @@ class Housekeeper(threading.Thread):
         self._policy = policy
         self._keep = keep
         self._prune_due = 0.0
+        self._count_due = 0.0
         self._step = inbox.PRUNE_STEP
         self._stopped = threading.Event()
 
@@ -62,10 +66,20 @@ class Housekeeper(threading.Thread):
         with self._connect() as connection, deadline(connection, HOUSE_SECONDS):
             inbox.forget_deleted(connection)
             now = time.monotonic()
+            if now >= self._count_due:
+                self._count(connection, now)
             if now >= self._prune_due:
                 self._prune(connection, now)
             while users.weigh_put(connection, self._policy) and time.monotonic() < now + WEIGH_SECONDS:
                 pass
+
+    def _count(self, connection: Connection, now: float) -> None:
+        try:
+            minutes.count(connection)
+        except psycopg.errors.QueryCanceled:
+            # A gap in what is shown is better than no pruning, and than as much work again in ten seconds.
+            self._count_due = now + COUNT_AGAIN_SECONDS
+            log.warning("the last minutes took too long to count: they stay without figures")
 
     def _prune(self, connection: Connection, now: float) -> None:
         try:

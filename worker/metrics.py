@@ -1,20 +1,22 @@
 """What is measured, by prometheus-client: right over several processes of one host when they share
 `PROMETHEUS_MULTIPROC_DIR`. Never a user id as a label.
 
-What Postgres knows (events by state, the oldest pending one, users, tombstones, runs) is asked there at each scrape,
-so it is right over any number of hosts.
+What Postgres knows (events by state, the oldest pending one, users, tombstones, runs, the last minutes) is asked there
+at each scrape, so it is right over any number of hosts.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess, values
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from worker.minutes import Minute, put_together
 from worker.runs import Overview
 from worker.sync import Batch
 
@@ -52,6 +54,12 @@ for outcome in ("applied", "unchanged", "older", "deleted", "superseded", "dead"
     APPLIED.labels(outcome)
 for cause in ("doorbell", "sweep"):
     DRAINS.labels(cause)
+
+LAST: Final = timedelta(minutes=5)
+"""Of which the events are told that came and were applied on all hosts."""
+
+RECENT: Final = timedelta(minutes=10)
+"""Of which freshness on all hosts is told."""
 
 
 def observe_batch(batch: Batch) -> None:
@@ -104,6 +112,30 @@ class _Counted:
             gauge.add_metric([], self._counts[name])
             yield gauge
         yield from _runs(self._counts["runs"])
+        if self._counts["recent_minutes"] is not None:
+            yield from _lately(self._counts["last_minutes"], self._counts["recent_minutes"])
+
+
+def _lately(last: Sequence[Minute], recent: Sequence[Minute]) -> Iterator[Metric]:
+    """What the workers of all hosts counted. Where none counted, nothing was applied."""
+    for name, help_text, counted in (
+        ("acknowledged", "Events that came in", sum(minute.acknowledged for minute in last)),
+        ("applied", "Events that were applied", sum(minute.applied for minute in last)),
+    ):
+        gauge = GaugeMetricFamily(f"clerk_sync_recent_{name}", f"{help_text} in the last five minutes, on all hosts")
+        gauge.add_metric([], counted)
+        yield gauge
+    freshness = GaugeMetricFamily(
+        "clerk_sync_recent_freshness_seconds",
+        "From Svix's signature until the row was visible, in the last ten minutes, on all hosts",
+        labels=["quantile"],
+    )
+    if recent:
+        lately = put_together(recent)
+        for quantile, seconds in (("0.5", lately.fresh_p50), ("0.99", lately.fresh_p99)):
+            if seconds is not None:
+                freshness.add_metric([quantile], seconds)
+    yield freshness
 
 
 def _runs(overviews: list[Overview]) -> Iterator[Metric]:

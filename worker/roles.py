@@ -32,20 +32,21 @@ class Role:
 _WHOLE: Final = ()
 _DELIVERED: Final = ("sent_at", "type", "user_id", "version", "state", "error", "processed_at", "body")
 
-# It can't read a body, nor what is kept of a user. Its counts, for /metrics, take three columns of the users.
+# It can't read a body, nor what is kept of a user but what their claims weigh, for the status page.
 RECEIVER: Final = Role(
     "clerk_receiver",
-    "records deliveries and counts what there is, and reads neither bodies nor metadata",
+    "records deliveries, counts what there is and shows how it stands, and reads neither bodies nor metadata",
     {
         "schema clerk": {"usage": _WHOLE},
         "clerk.schema_version": {"select": _WHOLE},
         "clerk.webhook_events": {
-            "select": ("svix_id", "state", "received_at"),
+            "select": ("svix_id", "type", "user_id", "state", "attempts", "error", "received_at"),
             "insert": ("svix_id", *_DELIVERED),
             "update": (*_DELIVERED, "attempts", "received_at"),
         },
-        "clerk.users": {"select": ("deleted_at", "over_budget", "content_missing")},
+        "clerk.users": {"select": ("user_id", "claims_bytes", "deleted_at", "over_budget", "content_missing")},
         "clerk.runs": {"select": _WHOLE},
+        "clerk.minutes": {"select": _WHOLE},
         "function clerk.run_is_under_way": {"execute": _WHOLE},
     },
 )
@@ -68,6 +69,7 @@ WORKER: Final = Role(
         "clerk.policy": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE},
         "clerk.api_budget": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE},
         "clerk.runs": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE, "delete": _WHOLE},
+        "clerk.minutes": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE, "delete": _WHOLE},
         "function clerk.gate_known": {"execute": _WHOLE},
         "function clerk.gate_users": {"execute": _WHOLE},
         "function clerk.gate_deletions": {"execute": _WHOLE},

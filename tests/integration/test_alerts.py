@@ -58,13 +58,19 @@ def expressions() -> list[str]:
     ]
 
 
+A_MINUTE_AGO: Final = """
+insert into clerk.minutes values (date_trunc('minute', now()) - interval '1 minute', 3, 2, 1, 0.5, 1.5, 4)
+"""
+
+
 @pytest.fixture
 def exported(connection: Connection, connect: Callable[[], Connection]) -> Exported:
-    """What a receiver tells when there have been runs of each kind."""
+    """What a receiver tells when there have been runs of each kind, and an event was applied a minute ago."""
     for kind in (runs.BACKFILL, runs.INCREMENTAL, runs.FULL):
         run = runs.begin(connection, kind, "test")
         run.state = "done"
         runs.save(connection, run)
+    connection.execute(A_MINUTE_AGO)
     found: Exported = defaultdict(lambda: defaultdict(set))
     text = metrics.render(Health(connect).counts()).decode()
     for family in text_string_to_metric_families(text):
@@ -97,6 +103,28 @@ def unknown(expression: str, exported: Exported) -> Iterator[str]:
 
 def test_every_metric_label_and_value_that_is_asked_for_is_exported(exported: Exported) -> None:
     assert {expression: found for expression in expressions() if (found := list(unknown(expression, exported)))} == {}
+
+
+def test_what_postgres_tells_of_the_last_minutes_is_exported_as_it_is(
+    exported: Exported, connection: Connection, connect: Callable[[], Connection]
+) -> None:
+    text = metrics.render(Health(connect).counts()).decode()
+    for line in (
+        "clerk_sync_recent_acknowledged 3.0",
+        "clerk_sync_recent_applied 2.0",
+        'clerk_sync_recent_freshness_seconds{quantile="0.5"} 0.5',
+        'clerk_sync_recent_freshness_seconds{quantile="0.99"} 1.5',
+    ):
+        assert line in text.splitlines()
+    # Seven minutes later: events of five minutes, freshness of ten.
+    connection.execute("update clerk.minutes set minute = minute - interval '7 minutes'")
+    text = metrics.render(Health(connect).counts()).decode()
+    assert "clerk_sync_recent_applied 0.0" in text.splitlines(), "as where no worker counts any more"
+    assert 'clerk_sync_recent_freshness_seconds{quantile="0.99"} 1.5' in text.splitlines()
+    connection.execute("delete from clerk.minutes")
+    text = metrics.render(Health(connect).counts()).decode()
+    assert "clerk_sync_recent_applied 0.0" in text.splitlines()
+    assert "clerk_sync_recent_freshness_seconds{" not in text
 
 
 @pytest.mark.parametrize(
