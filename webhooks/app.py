@@ -1,4 +1,4 @@
-"""The Flask application: the webhook route, health and metrics. Everything it uses is passed in."""
+"""The Flask application: the webhook route, health, metrics and the status page. Everything it uses is passed in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from flask import Flask, Response, jsonify, request
+from flask import Blueprint, Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
 
 from webhooks.connections import LARGEST_BODY, SINCE
@@ -52,12 +52,14 @@ def create_app(
     problems: Callable[[], list[str]],
     counts: Callable[[], dict[str, Any] | None],
     instance_id: str | None = None,
+    status: Blueprint | None = None,
 ) -> Flask:
     """Build the receiver.
 
     `verify` raises SignatureError; `record` takes a delivery and since when it was whole, and gives what commits it and
     says whether it was new, and both may raise Unavailable; `ring` says that there is work and never waits; `problems`
-    lists why the service isn't ready; `counts` is what the inbox counted, None where Postgres doesn't answer.
+    lists why the service isn't ready; `counts` is what the inbox counted, None where Postgres doesn't answer; `status`
+    is the status page, where there is to be one.
     """
     app = Flask("clerk-sync", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
@@ -93,6 +95,8 @@ def create_app(
     def prometheus() -> Response:
         return Response(metrics.render(counts()), content_type="text/plain; version=0.0.4; charset=utf-8")
 
+    if status is not None:
+        app.register_blueprint(status)
     return app
 
 

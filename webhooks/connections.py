@@ -65,9 +65,11 @@ Application = Callable[..., Iterable[bytes]]
 SINCE: Final = "clerk_sync.since"
 """In a request's environ: when its last byte came, by time.monotonic()."""
 
-# Threads of their own: whoever asks for metrics must not hold up deliveries, nor the question whether we live.
+# Threads of their own: whoever asks for metrics, or looks at the status page, must not hold up deliveries, nor the
+# question whether we live.
 DELIVERY: Final = "delivery"
 ALIVE: Final = "alive"
+STATUS: Final = "status"
 OTHER: Final = "other"
 
 IDLE: Final = "idle"
@@ -132,7 +134,7 @@ class Connections:
         self.stopping = False
         self._application = application
         self._loop = asyncio.get_running_loop()
-        self._threads = {ALIVE: ThreadPoolExecutor(1, ALIVE), OTHER: ThreadPoolExecutor(2, OTHER)}
+        self._threads = {lane: ThreadPoolExecutor(most, lane) for lane, most in ((ALIVE, 1), (STATUS, 1), (OTHER, 2))}
         self._deliveries: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._delivering = [threading.Thread(target=self._deliver, name=DELIVERY, daemon=True) for _ in range(threads)]
         for thread in self._delivering:
@@ -143,7 +145,7 @@ class Connections:
             state: {} for state in (IDLE, READING, ANSWERING, STUCK, OVER)
         }
         self._opening: set[asyncio.Task[Any]] = set()
-        self._answering = dict.fromkeys((DELIVERY, ALIVE, OTHER), 0)
+        self._answering = dict.fromkeys((DELIVERY, ALIVE, STATUS, OTHER), 0)
         self._held = 0
 
     # Coming and going
@@ -576,6 +578,8 @@ class Connection(asyncio.Protocol):
 
 def lane_of(request: Request) -> str:
     """Whose threads answer a request."""
+    if request.target.startswith(b"/status"):
+        return STATUS
     if request.method == "POST":
         return DELIVERY
     return ALIVE if request.target == b"/healthz" else OTHER

@@ -3,11 +3,13 @@
 import atexit
 import sys
 
+from webhooks.access import Access
 from webhooks.app import create_app
 from webhooks.doorbell import Doorbell, Publisher
 from webhooks.health import Health
 from webhooks.recorder import Recorder
 from webhooks.signature import make_verifier
+from webhooks.status import status_page
 from worker import db, log, sentry, tracing
 from worker.app import create_celery
 from worker.errors import ConfigError
@@ -27,11 +29,21 @@ recorder = Recorder(
     lambda: db.connect(settings.database_url, "receiver", statement_ms=3000, lock_ms=700, answer_seconds=1)
 )
 atexit.register(recorder.close)
+ring = Doorbell(Publisher(create_celery(settings.redis_url))).ring
+status = None
+if settings.status_token:
+    status = status_page(
+        connect=lambda: db.connect(settings.database_url, "status page", statement_ms=2000, lock_ms=1000),
+        ring=ring,
+        access=Access(settings.status_token),
+        budget=settings.policy.budget,
+    )
 app = create_app(
     verify=make_verifier(settings.signing_secrets),
     record=recorder.record,
-    ring=Doorbell(Publisher(create_celery(settings.redis_url))).ring,
+    ring=ring,
     problems=health.problems,
     counts=health.counts,
     instance_id=settings.instance_id,
+    status=status,
 )

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import psycopg
@@ -388,3 +388,14 @@ def overview(connection: Connection) -> list[Overview]:
         done = last if last.state == "done" else latest(connection, last.kind, done=True)
         found.append(Overview(last, running, made_up, done, at))
     return found
+
+
+CALLS = """
+select coalesce(sum(calls), 0) from clerk.runs where started_at > now() - %(length)s
+"""
+
+
+def calls(connection: Connection, length: timedelta) -> int:
+    """How many calls to Clerk's API the runs took that began in this time before now."""
+    ((number,),) = connection.execute(CALLS, {"length": length}).fetchall()
+    return int(number)

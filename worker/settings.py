@@ -47,6 +47,7 @@ class Settings:
     log_level: str = "INFO"
     sentry_dsn: str = field(default="", repr=False)
     traces: bool = False
+    status_token: str = field(default="", repr=False)
 
     @classmethod
     def from_env(
@@ -89,6 +90,7 @@ class Settings:
             log_level=reader.read("LOG_LEVEL", lambda text: _choice(LOG_LEVELS)(text.upper()), "INFO"),
             sentry_dsn=reader.read("SENTRY_DSN", _dsn, "", secret=True),
             traces=_traces(reader),
+            status_token=reader.read("STATUS_TOKEN", _status_token, "", secret=True),
         )
         reader.refuse_empty("SENTRY_DSN")
         for name in need:
@@ -208,6 +210,15 @@ def _share(text: str) -> float:
     if not re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", text) or not 0.01 <= float(text) <= 1:
         raise ValueError("must be a number from 0.01 to 1.0")
     return float(text)
+
+
+_STATUS_TOKEN: Final = re.compile(r"[!-~]{16,}")
+
+
+def _status_token(text: str) -> str:
+    if not _STATUS_TOKEN.fullmatch(text):
+        raise ValueError("must be at least 16 visible ASCII characters; `openssl rand -hex 24` prints a good one")
+    return text
 
 
 # What Sentry calls a DSN: https://PUBLIC_KEY@HOST/PROJECT.

@@ -662,6 +662,56 @@ def population(connection: Connection, fingerprint: int) -> Generator[Weighed, N
                 yield Weighed(_weights(sizes), claims_bytes, current, exact)
 
 
+class Spread(NamedTuple):
+    """How many live users' claims weigh how many bytes; `sampled` where there are so many users that a share of them
+    was looked at."""
+
+    users: dict[int, int]
+    sampled: bool
+
+
+USERS_COUNTED: Final = 100_000
+USERS_SAMPLED: Final = 50_000
+
+ABOUT = """
+select greatest(reltuples, 0)::float8 from pg_class where oid = 'clerk.users'::regclass
+"""
+
+# Whole pages of the table, at random: a tenth of a second, however many there are.
+SPREAD = """
+select least(claims_bytes, %(most_bytes)s), count(*)
+from clerk.users tablesample system (%(percent)s)
+where deleted_at is null
+group by 1
+"""
+
+
+def spread(connection: Connection, most_bytes: int) -> Spread:
+    """How the claims of the live users weigh, by the settings that the workers had. Over `most_bytes` all are alike."""
+    ((about,),) = connection.execute(ABOUT).fetchall()
+    sampled = about > USERS_COUNTED
+    percent = 100 * USERS_SAMPLED / about if sampled else 100.0
+    rows = connection.execute(SPREAD, {"most_bytes": most_bytes, "percent": percent}).fetchall()
+    return Spread({int(weight): int(count) for weight, count in rows}, sampled)
+
+
+class Heavy(NamedTuple):
+    """A user over the budget."""
+
+    user_id: str
+    claims_bytes: int
+
+
+OVER_BUDGET = """
+select user_id, claims_bytes from clerk.users where over_budget order by user_id limit %(most)s
+"""
+
+
+def over_budget(connection: Connection, most: int) -> list[Heavy]:
+    """The first users over the budget, by id: there is no order by weight without reading them all."""
+    return [Heavy(*row) for row in connection.execute(OVER_BUDGET, {"most": most})]
+
+
 def _weights(row: Sequence[Any]) -> Weights:
     user_id, version, profile_bytes, public_bytes, unsafe_bytes, public_fields, unsafe_fields = row
     return Weights(

@@ -15,7 +15,7 @@ import pytest
 
 from bench import population
 from tests.conftest import EMPTY
-from worker import db, inbox, local, users
+from worker import db, inbox, local, minutes, users
 from worker.db import Connection
 from worker.events import UserDeleted
 from worker.inbox import Incoming
@@ -165,6 +165,13 @@ HOT: Final[dict[str, tuple[Callable[[Connection], object], dict[str, int]]]] = {
         inbox.forget_deleted,
         {"users": 2 * DEAD, "webhook_events": 2 * DEAD},
     ),
+    "counting a minute, of 60 events that came and as many that were done": (
+        minutes.count,
+        {"webhook_events": 4 * 2 * 60 + 2 * DEAD, "minutes": 10},
+    ),
+    "the latest that were set aside": (lambda c: inbox.set_aside_last(c, 20), {"webhook_events": 2 * DEAD}),
+    "retrying one": (lambda c: inbox.retry(c, ["dead1"]), {"webhook_events": 2 * DEAD, "users": 1}),
+    "the first users over the budget": (lambda c: users.over_budget(c, 10), {"users": 40}),
     "who is to be fetched again": (lambda c: users.missing(c, "", 100), {"users": 40}),
     "which of these are live": (lambda c: users.live(c, of(0, 50)), {"users": 100}),
     "the versions of these": (lambda c: users.versions(c, of(0, 50)), {"users": 100}),
@@ -203,6 +210,20 @@ def test_counting_takes_large_tables_from_the_statistics(filled: Connection) -> 
     read = during(filled, count)
     assert read["users"]["read"] <= 2 * GONE + 40
     assert read["webhook_events"]["read"] <= PENDING + DEAD + 1, "who waits is counted, and the oldest is looked up"
+
+
+def test_the_spread_of_a_large_table_is_that_of_a_sample(filled: Connection) -> None:
+    """As if there were two million users, of whom one in forty is looked at."""
+
+    def spread(connection: Connection) -> None:
+        connection.execute("update pg_class set reltuples = 2e6 where oid = 'clerk.users'::regclass")
+        found = users.spread(connection, 2401)
+        assert found.sampled
+        assert 0 < sum(found.users.values()) < USERS / 10
+
+    assert during(filled, spread)["users"]["read"] < USERS / 10
+    whole = users.spread(filled, 2401)
+    assert (sum(whole.users.values()), whole.sampled) == (USERS - GONE, False)
 
 
 @pytest.mark.parametrize("action", ["passing them the short way", "passing unchanged users"])

@@ -20,11 +20,12 @@ from psycopg.conninfo import conninfo_to_dict
 from tests.acceptance.system import ENVIRONMENT, PROGRAMS, Client
 from tests.clerk import SECRET
 from tests.events import changed, deleted, incoming
+from tests.integration.test_status_page import Page, text_of
 from tests.integration.test_webhooks import Receiver
 from tests.pulling import command, environment, webhook
 from tests.waiting import until
 from webhooks.health import SILENT, Health
-from worker import db, inbox, local, roles, runs, schema, sync, users
+from worker import db, inbox, local, minutes, roles, runs, schema, sync, users
 from worker.db import Connection
 from worker.housekeeper import Housekeeper
 from worker.policy import Copy, Policy
@@ -105,6 +106,27 @@ def test_the_receivers_role_records_replays_counts_and_is_ready(
             'clerk_sync_run_running{kind="full"} 0.0',
         ):
             assert line in text.splitlines()
+
+
+def test_the_receivers_role_shows_the_status_page_and_retries_from_it(
+    receiver_url: str, connection: Connection
+) -> None:
+    inbox.record(
+        connection, [incoming(changed("user_a", public={"a": "b" * 2000})), incoming(changed(private=[]), "msg_odd")]
+    )
+    sync.drain(connection, Policy())
+    minutes.count(connection)
+    run = runs.begin(connection, runs.FULL, "asked")
+    run.state = "done"
+    runs.save(connection, run)
+    page = Page(receiver_url)
+    answer = page.get()
+    assert answer.status_code == 200
+    for told in ("Fresh", "msg_odd", "user_a", "full", "budget, 1,200"):
+        assert told in answer.text
+    assert "didn" not in text_of(answer), "nothing is missing"
+    assert page.retry(svix_id="msg_odd").status_code == 303
+    assert inbox.counts(connection)["pending"] == 1
 
 
 def test_the_workers_role_drains_gates_deletes_sets_aside_retries_and_prunes(

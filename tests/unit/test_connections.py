@@ -463,6 +463,21 @@ def test_whether_we_live_is_answered_while_readiness_and_metrics_wait(door: Call
     assert made.taken[-1]["PATH_INFO"] == "/healthz"
 
 
+def test_the_status_page_and_its_form_have_one_thread_of_their_own(door: Callable[..., Door]) -> None:
+    made = door()
+    made.go.clear()
+    made.connect(b"GET /status HTTP/1.1\r\nHost: here\r\n\r\n")
+    until(lambda: len(made.taken) == 1, what="the page to be asked for")
+    for target in (b"/status/retry", b"/status/retry?all", b"/status"):
+        made.connect(b"POST " + target + b" HTTP/1.1\r\nHost: here\r\nContent-Length: 0\r\n\r\n")
+    # All that others do, deliveries too, goes on.
+    for request in (WHOLE, WHOLE, b"GET /readyz HTTP/1.1\r\nHost: here\r\n\r\n"):
+        made.connect(request)
+    until(lambda: len(made.taken) == 4, what="threads for the others")
+    assert [one["PATH_INFO"] for one in made.taken[:1]] == ["/status"]
+    assert sorted(one["PATH_INFO"] for one in made.taken[1:]) == ["/", "/", "/readyz"]
+
+
 def test_there_are_no_more_connections_than_open_files_and_some_are_spared() -> None:
     asked = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, %d)); from webhooks import process; "
     asked += "print(process.make_room(4000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"

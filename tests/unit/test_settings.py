@@ -248,3 +248,23 @@ def test_applied_events_are_kept_for_a_week_or_as_long_as_it_says(text: str, day
 def test_applied_events_are_kept_for_longer_than_svix_retries(text: str) -> None:
     with pytest.raises(ConfigError, match="EVENT_RETENTION_DAYS: must be a whole number from 2 to 3650"):
         Settings.from_env({"EVENT_RETENTION_DAYS": text})
+
+
+def test_the_status_page_s_token_is_off_by_default_and_a_secret(tmp_path: Path) -> None:
+    assert Settings.from_env(COMPLETE).status_token == ""
+    token = "s3cr3t-of-16-chr"
+    settings = Settings.from_env(COMPLETE | {"STATUS_TOKEN": f" {token}\n"})
+    assert settings.status_token == token
+    assert token not in repr(settings)
+    path = tmp_path / "token"
+    path.write_text(token + "\n")
+    assert Settings.from_env(COMPLETE | {"STATUS_TOKEN_FILE": str(path)}).status_token == token
+
+
+@pytest.mark.parametrize(
+    "token", ["s3cr3t-of-15-ch", "s3cr3t of 17 char", "s3cr3t-of-ümlauts-", "s3cr3t-of-\x07-chars"]
+)
+def test_a_token_that_is_short_or_odd_is_refused_without_a_part_of_it(token: str) -> None:
+    (found,) = problems(COMPLETE | {"STATUS_TOKEN": token})
+    assert found.startswith("STATUS_TOKEN: must be at least 16 visible ASCII characters")
+    assert "s3cr3t" not in found

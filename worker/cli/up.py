@@ -29,6 +29,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 RELEASE = "release"
 SIGNING_SECRET = "CLERK_WEBHOOK_SIGNING_SECRET"  # noqa: S105 (a name)
+STATUS_TOKEN = "STATUS_TOKEN"  # noqa: S105 (a name)
+ENDPOINT = "/webhooks/clerk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ def up(port: int, data_dir: Path, info: Path | None) -> None:
 def announce(running: Info, data_dir: Path, info: Path | None) -> None:
     """Print where a running system is, without its secrets."""
     click.echo(f"\nclerk-sync is ready.\n  endpoint      {running.url}\n  data          {data_dir.absolute()}")
+    if _is_set(os.environ, STATUS_TOKEN):
+        click.echo(f"  status page   {running.url.removesuffix(ENDPOINT)}/status (the password is STATUS_TOKEN)")
     if info:
         click.echo(f"  addresses     {info.absolute()} (with passwords and the signing secret)")
     else:
@@ -148,7 +152,7 @@ def _serve(
 
     def described(pids: Mapping[str, int]) -> Info:
         return Info(
-            url=f"http://{local.HOST}:{port}/webhooks/clerk",
+            url=f"http://{local.HOST}:{port}{ENDPOINT}",
             database_url=settings.database_url,
             redis_url=settings.redis_url,
             signing_secret=settings.signing_secrets[0],
