@@ -140,7 +140,7 @@ def _freshness(found: Overview, counts: dict[str, Any]) -> tuple[Level, str, str
         return "warn", "No worker", f"{gone}. Nothing waits so far."
     if oldest > BEHIND_SECONDS:
         return ("bad", "Not fresh", waiting) if oldest > STALE_SECONDS else ("warn", "Behind", waiting)
-    return "good", "Fresh", f"Nothing waits to be applied. {_lately(found)}" if not pending else waiting
+    return "good", "Fresh", f"{waiting if pending else 'Nothing waits to be applied.'} {_lately(found)}"
 
 
 def worker_seen(found: Overview) -> bool | None:

@@ -151,6 +151,7 @@ class _Page:
             "Referrer-Policy": "same-origin",
             "X-Content-Type-Options": "nosniff",
             "X-Frame-Options": "DENY",
+            "Cross-Origin-Resource-Policy": "same-origin",
         }
         self._access = access
         self._budget = budget

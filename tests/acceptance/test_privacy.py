@@ -33,6 +33,8 @@ from worker.standin import StandIn
 FIELD: Final = f"field@{CANARY}"
 """A name that a user gave to a field of theirs."""
 
+STATUS_TOKEN: Final = f"status-token-{CANARY}"
+
 SIGNING_SECRET: Final = "whsec_" + base64.b64encode(f"signing secret {CANARY}".encode()).decode()
 
 
@@ -60,6 +62,7 @@ def careful(new_system: Callable[..., System], clerk: StandIn, temporary: Path) 
         CLERK_SECRET_KEY=clerk.secret_key,
         CLERK_API_URL=clerk.url,
         CLERK_INSTANCE_ID="ins_ours",
+        STATUS_TOKEN=STATUS_TOKEN,
         RECONCILE_SECONDS="0",  # tests ask for it: it would erase users of whom that Clerk doesn't know
     )
     system.start()
@@ -124,10 +127,13 @@ def sinks(system: System, client: Client, temporary: Path) -> dict[str, str]:
         queries = [query for (query,) in connection.execute(QUERIES)]
         (inbox,) = connection.execute(LOOKED_BACK_AT).fetchone() or ("",)
     assert queries
+    page = client.ask("GET", "/status", headers={"authorization": f"Bearer {STATUS_TOKEN}"})
+    assert b"clerk-sync" in page.body
     return {
         "output": system.output,
         "metrics": client.get("/metrics").body.decode(),
         "readiness": client.get("/readyz").body.decode(),
+        "the status page": f"{page.headers}{page.body.decode()}",
         "running queries": " ".join(queries),
         "the inbox after the apply": inbox,
         "the broker's keys": contents_of_broker(system),
@@ -297,6 +303,15 @@ def test_odd_deliveries_and_refused_ones_are_answered_and_logged_without_a_word_
         answers += [sender.get(f"/{CANARY}?q={CANARY}"), sender.get(f"/webhooks/clerk?q={CANARY}")]
         answers.append(sender.ask("PUT", f"/healthz?{CANARY}", CANARY.encode(), {"x-header": CANARY}))
         assert [answer.status for answer in answers[-3:]] == [404, 405, 405]
+        # The status page: without its token, with wrong ones, and with forms of all sorts behind the right one.
+        form = {"content-type": "application/x-www-form-urlencoded", "authorization": f"Bearer {STATUS_TOKEN}"}
+        for given in ("", f"Bearer {CANARY}", f"Basic {CANARY}", f"Basic {base64.b64encode(CANARY.encode()).decode()}"):
+            answers.append(sender.ask("GET", f"/status?token={STATUS_TOKEN}", headers={"authorization": given}))
+            answers.append(sender.ask("POST", f"/status/retry?{CANARY}", CANARY.encode(), {"authorization": given}))
+        assert {answer.status for answer in answers[-8:]} == {401}
+        for fields in (CANARY, f"svix_id={CANARY}", f"form_key={CANARY}&svix_id={CANARY}"):
+            answers.append(sender.ask("POST", "/status/retry", fields.encode(), form))
+        assert [answer.status for answer in answers[-3:]] == [400, 403, 403]
         for junk in (f"{CANARY} {CANARY}", f"GET / HTTP/{CANARY}", f"GET / HTTP/1.1\r\nbad {CANARY}: 1"):
             not_http(sender, careful, junk)
         good = sender.deliver(body)
@@ -430,6 +445,7 @@ def test_commands_tell_names_and_sizes_and_never_a_value(careful: System, sender
         {"DATABASE_URL": f"postgresql://me@{CANARY}@h:x/none", "REDIS_URL": f"redis://:{CANARY}@h:port/0"},
         {"DATABASE_URL": CANARY, "CLERK_SECRET_KEY": CANARY, "CLERK_WEBHOOK_SIGNING_SECRET": CANARY},
         {"DATABASE_URL": "postgresql://127.0.0.1:1/none", "CLERK_WEBHOOK_SIGNING_SECRET": f"whsec_{CANARY}!"},
+        {"DATABASE_URL": "postgresql://127.0.0.1:1/none", "STATUS_TOKEN": f"{CANARY} {CANARY}"},
         {"DATABASE_URL": "postgresql://127.0.0.1:1/none", "CLERK_SECRET_KEY": f"sk_live_{CANARY}\n{CANARY}"},
     ],
 )

@@ -230,7 +230,8 @@ def test_the_page_is_all_that_its_policy_allows(page: Page, connection: Connecti
         f"default-src 'none'; style-src 'sha256-{digest}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
     )
     for name, value in (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-                        ("X-Frame-Options", "DENY"), ("Referrer-Policy", "same-origin")):  # fmt: skip
+                        ("X-Frame-Options", "DENY"), ("Referrer-Policy", "same-origin"),
+                        ("Cross-Origin-Resource-Policy", "same-origin")):  # fmt: skip
         assert answer.headers[name] == value
     tags = TAG.findall(answer.text.replace(style, ""))
     assert {"svg", "rect", "form", "button", "table"} <= {tag for tag, _ in tags}

@@ -55,7 +55,8 @@ def test_it_is_as_fresh_as_the_oldest_that_waits(
     pending: int, oldest: float, level: str, word: str, sentence: str
 ) -> None:
     found = verdict(overview(pending=pending, oldest_pending_seconds=oldest))
-    assert (found.level, found.word, found.sentence) == (level, word, sentence)
+    assert (found.level, found.word) == (level, word)
+    assert found.sentence.startswith(sentence)
     assert [advice.text.split(".")[0] for advice in found.advice] == (
         [] if level == "good" else ["Look at the workers' log"]
     )
