@@ -70,6 +70,8 @@ class Housekeeper(threading.Thread):
                 self._count(connection, now)
             if now >= self._prune_due:
                 self._prune(connection, now)
+            # Another worker may have been started with other settings, and be gone.
+            users.record_policy(connection, self._policy)
             while users.weigh_put(connection, self._policy) and time.monotonic() < now + WEIGH_SECONDS:
                 pass
 

@@ -40,6 +40,8 @@ LINGER_SECONDS: Final = 0.5
 COMPLAIN_SECONDS: Final = 30.0
 """How often the log tells of the same reason for not draining: it is looked for every few seconds."""
 
+HELD: Final = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
+
 WATCH_SECONDS: Final = 5.0
 DEAF_SECONDS: Final = 20.0
 """How long a wake-up may wait in the broker while this worker is idle, before it counts as deaf and is replaced."""
@@ -119,11 +121,19 @@ class Drainer:
             first, self._first = self._first, 1
             drain(connection, self._policy, batch=first, behind=self._behind, observe=observe, go_on=self._goes_on)
             if self._behind:
-                # Everybody else's are done: once more those that were left out.
+                # Everybody else's are done: once more those that were left out, or soon, if nobody else's came meanwhile.
                 self._behind = 0
+                if not done:
+                    return False
                 self._wanted.set()
             else:
                 self._first = BATCH
+        except HELD as error:
+            # An application may hold its users' rows for long. Whoever isn't held is looked for at once.
+            self._pass_over(alone=first == 1 and not done)
+            self._wanted.set()
+            told = "somebody holds a user's row; other users' events go first"
+            self._complain(logging.WARNING, told, error=describe(error))
         except NotReady as error:
             self._complain(logging.ERROR, "the database isn't ready; what is pending stays so", reason=str(error))
             return False

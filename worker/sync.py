@@ -31,6 +31,9 @@ STATEMENT_MS: Final = 12_000
 LOCK_MS: Final = 5_000
 """How long a statement of a batch may take, and wait for a lock."""
 
+HELD_MS: Final = 200
+"""How long a batch waits for a lock after a failure, as batches begin with one event: others have waited enough by then."""
+
 CLAIM_SECONDS: Final = 5.0
 """The same of a claim, which waits for nobody: a connection that has gone silent is noticed by it."""
 
@@ -84,6 +87,9 @@ def drain(
     return total
 
 
+LOCK_LIMIT = "select set_config('lock_timeout', %(ms)s::text, true)"
+
+
 def drain_batch(
     connection: Connection, policy: Policy, batch: int = BATCH, behind: int = 0, *, wait: bool = False
 ) -> Batch:
@@ -101,6 +107,8 @@ def drain_batch(
         claimed = time.perf_counter()
         if not rows:
             return result
+        if batch < BATCH:
+            connection.execute(LOCK_LIMIT, {"ms": HELD_MS})
         events: Events = defaultdict(list)
         for row in rows:
             match read_event(row.body):

@@ -465,25 +465,31 @@ def record_policy(connection: Connection, policy: Policy) -> None:
     connection.execute(RECORD_POLICY, {"private": kept.private, "public": kept.public, "unsafe": kept.unsafe})
 
 
+# Whom somebody holds has their turn later: an application may hold users for long, and nobody is to wait for those who
+# wait for it.
 UNWEIGHED = """
 select user_id from clerk.users
 where weighed_by is null and not claims_exact and deleted_at is null
 order by user_id
 limit %(most)s
+for no key update skip locked
 """
 
 
 def unweighed(connection: Connection, most: int) -> list[str]:
-    """Some of the users whom `clerk.put_user` brought and nobody has weighed."""
+    """Lock some of the users whom `clerk.put_user` brought and nobody has weighed."""
     return [user_id for (user_id,) in connection.execute(UNWEIGHED, {"most": most})]
 
 
 def weigh_put(connection: Connection, policy: Policy) -> bool:
     """Weigh up to a thousand users whom `clerk.put_user` brought, and drop what isn't to be copied of them, as an event
     of theirs would have; says whether there may be more. Raises psycopg.Error."""
-    user_ids = unweighed(connection, REWEIGH_BATCH)
-    if user_ids:
-        warn(reweigh(connection, policy, user_ids, drop=True).crossings, policy.budget)
+    with connection.transaction():
+        user_ids = unweighed(connection, REWEIGH_BATCH)
+        if not user_ids:
+            return False
+        crossings = reweigh(connection, policy, user_ids, drop=True).crossings
+    warn(crossings, policy.budget)
     return len(user_ids) == REWEIGH_BATCH
 
 

@@ -40,8 +40,8 @@ begin
 end
 $$;
 
--- notify_changed sends the notice, which goes out with the commit. Names that don't fit into a notice, which takes less
--- than 8,000 bytes, are left out.
+-- notify_changed sends the notice, which goes out with the commit. Names that aren't known, or don't fit into a notice,
+-- which takes less than 8,000 bytes, are left out.
 create function clerk.notify_changed(p_user_id text, p_version bigint, p_deleted boolean, p_changed jsonb) returns void
 language plpgsql as $$
 declare
@@ -160,7 +160,8 @@ begin
         case when takes_private then excluded.private_copied else old.private_copied end,
         case when takes_public then excluded.public_copied else old.public_copied end,
         case when takes_unsafe then excluded.unsafe_copied else old.unsafe_copied end,
-        case when event >= stored then excluded.profile_bytes else old.profile_bytes end,
+        -- Not known where a user was put without any of it.
+        case when event >= stored then coalesce(excluded.profile_bytes, old.profile_bytes) else old.profile_bytes end,
         case when takes_public then excluded.public_bytes else old.public_bytes end,
         case when takes_unsafe then excluded.unsafe_bytes else old.unsafe_bytes end,
         -- The same content has the same fields: the stored ones stay, which may be large.
@@ -267,12 +268,18 @@ begin
         case when takes_unsafe then case when copy_unsafe then unsafe end else was.unsafe_metadata end as unsafe_metadata,
         case
           when takes_public then case when not copy_public then clerk.field_hashes(public) end
+          when was.user_id is null then '{}'
           else was.public_hashes
         end as public_hashes,
         case
           when takes_unsafe then case when not copy_unsafe then clerk.field_hashes(unsafe) end
+          when was.user_id is null then '{}'
           else was.unsafe_hashes
-        end as unsafe_hashes
+        end as unsafe_hashes,
+        -- What was here before hashes were kept can't be compared.
+        was.user_id is not null
+          and (takes_public and coalesce(was.public_metadata, was.public_hashes) is null
+            or takes_unsafe and coalesce(was.unsafe_metadata, was.unsafe_hashes) is null) as is_unknown
       from unnest(
         p_user_id, p_version, p_event_at, hashes, p_private, p_public, p_unsafe,
         p_copy_private, p_copy_public, p_copy_unsafe
@@ -311,33 +318,38 @@ begin
         public_hashes = excluded.public_hashes,
         unsafe_hashes = excluded.unsafe_hashes
     )
-    select count(clerk.notify_changed(user_id, version, false, coalesce(fields, '{}')))
+    select count(clerk.notify_changed(user_id, version, false, case when not is_unknown then coalesce(fields, '{}') end))
     into noticed
     from fresh
     cross join lateral (
       select jsonb_object_agg(kind, (
         select jsonb_agg(name order by name collate "C")
-        from (select jsonb_object_keys(was) union select jsonb_object_keys(now_is)) as either (name)
-        where (was -> name)::text is distinct from (now_is -> name)::text
+        from jsonb_each(coalesce(was, '{}')) as before (name, value)
+        full join jsonb_each(coalesce(now_is, '{}')) as after (name, value) using (name)
+        where before.value::text is distinct from after.value::text
       )) as fields
       from (
         values
-          ('private_metadata', was_private, private_metadata),
+          -- Where it wasn't here, or isn't any more, the settings have changed.
+          ('private_metadata', was_private, case when is_new or was_private is not null then private_metadata end),
           (
             'public_metadata',
             case when both_public then was_public else coalesce(was_public_hashes, clerk.field_hashes(was_public)) end,
-            case when both_public then public_metadata else coalesce(public_hashes, clerk.field_hashes(public_metadata)) end
+            case when both_public then public_metadata
+              else coalesce(public_hashes, clerk.field_hashes(public_metadata)) end
           ),
           (
             'unsafe_metadata',
             case when both_unsafe then was_unsafe else coalesce(was_unsafe_hashes, clerk.field_hashes(was_unsafe)) end,
-            case when both_unsafe then unsafe_metadata else coalesce(unsafe_hashes, clerk.field_hashes(unsafe_metadata)) end
+            case when both_unsafe then unsafe_metadata
+              else coalesce(unsafe_hashes, clerk.field_hashes(unsafe_metadata)) end
           )
       ) as kinds (kind, was, now_is)
       -- By the text, as everywhere: 1.0 and 1 differ.
       where coalesce(was, '{}')::text <> coalesce(now_is, '{}')::text
+        and (kind <> 'private_metadata' or is_new or now_is is not null)
     ) as differing
-    where (is_new or fields is not null) and clerk.can_notify();
+    where (is_new or is_unknown or fields is not null) and clerk.can_notify();
   end if;
 
   -- A full join, since Postgres can't do it by comparing each with each: of how many elements an array has it only knows
@@ -421,11 +433,12 @@ end
 $$;
 
 -- Who has changed since ---------------------------------------------------------------------------------------------
--- change_cursor says where changes_since is to begin for whoever reads the users now. Of the cluster's name, and the
--- transaction before which all are over.
+-- change_cursor says where changes_since is to begin for whoever reads the users now. Of the cluster's name and its
+-- timeline, since transactions are counted anew in another one, and the transaction before which all are over.
 create function clerk.change_cursor() returns text
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select system_identifier || '-' || pg_snapshot_xmin(pg_current_snapshot()) from pg_control_system()
+  select system_identifier || '-' || timeline_id || '-' || pg_snapshot_xmin(pg_current_snapshot())
+  from pg_control_system(), pg_control_checkpoint()
 $$;
 
 -- changes_since tells who has changed since the cursor (null: everybody), deletions included, and how to go on: each row
@@ -437,24 +450,30 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp a
 #variable_conflict use_column
 declare
   here constant text := clerk.change_cursor();
-  parts constant text[] := regexp_match(cursor, '^([0-9]{1,19})-([0-9]{1,18})$');
-  since constant xid8 := coalesce(parts[2], '0');
+  parts constant text[] := regexp_match(cursor, '^([0-9]{1,19}-[0-9]{1,10})-([0-9]{1,18})$');
+  since constant xid8 := parts[2];
+  next constant xid8 := pg_snapshot_xmax(pg_current_snapshot());
 begin
-  if cursor is not null and parts is null then
+  if cursor is null then
+    return query
+    select user_id, version, deleted_at is not null, here from clerk.users;
+    return;
+  end if;
+  if parts is null then
     raise exception using errcode = 'invalid_parameter_value',
       message = 'clerk.changes_since: this is no cursor that it gave',
       hint = 'Begin with clerk.change_cursor().';
   end if;
-  if parts[1] <> split_part(here, '-', 1) or since > pg_snapshot_xmax(pg_current_snapshot()) then
+  if not starts_with(here, parts[1] || '-') or since > next then
     raise exception using errcode = 'invalid_parameter_value',
-      message = 'clerk.changes_since: this cursor is of another Postgres server, or of this one before it was restored',
+      message = 'clerk.changes_since: this cursor is of another Postgres server, or of before a failover or a restore',
       hint = 'Begin anew: take clerk.change_cursor(), and forget what was read before.';
   end if;
   return query
   select user_id, version, deleted_at is not null, here
   from clerk.users
-  -- Of a server from which this one was restored there may be later transactions.
-  where changed_in >= since and changed_in < pg_snapshot_xmax(pg_current_snapshot())
+  -- A dump may have brought transactions that this server is yet to count to.
+  where changed_in >= since and changed_in < next
   order by changed_in;
 end
 $$;
@@ -490,21 +509,24 @@ end
 $$;
 
 -- profile_bytes is the weight of what a claims template can carry of a user besides metadata, in the order of PROFILE in
--- worker/events.py; 0: null.
+-- worker/events.py; 0: null. Null where none of it was given.
 create function clerk.profile_bytes(clerk_user jsonb) returns integer[]
 language plpgsql immutable strict parallel safe as $$
 declare
   email constant jsonb := (
-    select one from jsonb_path_query(clerk_user, 'strict $.email_addresses[*]') as one
+    select one from jsonb_path_query(clerk_user, 'strict $.email_addresses[*]', '{}', true) as one
     where one -> 'id' = clerk_user -> 'primary_email_address_id' and jsonb_typeof(one -> 'id') = 'string'
     limit 1
   );
   phone constant jsonb := (
-    select one from jsonb_path_query(clerk_user, 'strict $.phone_numbers[*]') as one
+    select one from jsonb_path_query(clerk_user, 'strict $.phone_numbers[*]', '{}', true) as one
     where one -> 'id' = clerk_user -> 'primary_phone_number_id' and jsonb_typeof(one -> 'id') = 'string'
     limit 1
   );
 begin
+  if not clerk_user ?| '{first_name,last_name,username,external_id,created_at,email_addresses,phone_numbers,image_url}' then
+    return null;
+  end if;
   return array(
     select case when jsonb_typeof(value) = type then octet_length(convert_to(value::text, 'UTF8')) else 0 end
     from (
@@ -530,11 +552,13 @@ $$;
 -- JavaScript SDK serialise. For an application that has just changed a user at Clerk, or found no row yet. It says what
 -- it did, in the gate's words: applied, unchanged, older or deleted.
 --
--- The version is updated_at, as everywhere; a webhook of the same version is the later event. Which kinds are copied
--- stands in clerk.policy; a kind that depends on the weight is kept until a worker has weighed the user.
+-- The version is updated_at, as everywhere. It comes without an envelope and is dated before all of them, so a webhook of
+-- the same version has the last word. Which kinds are copied stands in clerk.policy; a kind that depends on the weight is
+-- kept until a worker has weighed the user.
 create function clerk.put_user(clerk_user jsonb) returns text
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set standard_conforming_strings = on
 set lock_timeout = '5s'
 as $$
 declare
@@ -557,6 +581,15 @@ begin
 
   if jsonb_typeof(given) is distinct from 'object' then
     perform clerk.refuse_user('it is not a JSON object', 'Give the whole User, as Clerk''s Backend API returns it.');
+  end if;
+  -- Before anything is made a text of: a few bytes of jsonb can be very many digits.
+  if jsonb_path_exists(given,
+    'strict $.** ? (@.type() == "number" && (@.abs() >= 1e1000 || @ != 0 && @.abs() < 1e-1000))') then
+    perform clerk.refuse_user('it has a number of over a thousand digits', 'Clerk''s webhook brings the user without it.');
+  end if;
+  -- As deep as in an event; not every reader could read it.
+  if jsonb_path_exists(given, 'strict $.**{499 to last} ? (@.type() == "object" || @.type() == "array")') then
+    perform clerk.refuse_user('it is over 500 levels deep', 'Clerk''s webhook brings the user without what is deeper.');
   end if;
   if jsonb_typeof(given -> '_raw') = 'object' then
     given := given -> '_raw'; -- what the JavaScript SDK read
@@ -592,11 +625,6 @@ begin
     -- Absent: ours stays. Null: empty.
     kinds := array_append(kinds, case when jsonb_typeof(given -> kind) = 'null' then '{}' else given -> kind end);
   end loop;
-  -- Before anything is made a text of: a few bytes of jsonb can be very many digits.
-  if jsonb_path_exists(given,
-    'strict $.** ? (@.type() == "number" && (@.abs() >= 1e1000 || @ != 0 && @.abs() < 1e-1000))') then
-    perform clerk.refuse_user('it has a number of over a thousand digits', 'Clerk''s webhook brings the user without it.');
-  end if;
   if octet_length(given::text) > 1048576 then
     perform clerk.refuse_user('it is over 1 MiB', 'Clerk has no such user.');
   end if;
@@ -605,7 +633,7 @@ begin
   unsafe_bytes := clerk.compact_bytes(kinds[3]);
   select outcome into result
   from clerk.gate_users(
-    array[user_id], array[version::bigint], array[version::bigint],
+    array[user_id], array[version::bigint], array[0::bigint],
     kinds[1:1], kinds[2:2], kinds[3:3],
     array[policy.copy_private], array[policy.copy_public], array[policy.copy_unsafe],
     array[clerk.profile_bytes(given)::text],

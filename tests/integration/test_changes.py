@@ -141,6 +141,38 @@ def test_names_that_do_not_fit_are_left_out(connection: Connection, listener: Co
     assert len(told["user_b"]["private_metadata"]) == 95
 
 
+def test_names_are_found_in_time_whatever_their_number(connection: Connection, listener: Connection) -> None:
+    """A user's browser writes unsafe metadata, and nobody else's events are to wait for it."""
+    many = {f"field_{number}": number for number in range(40_000)}
+    deliver(connection, changed(version=1, unsafe=many))
+    connection.execute("set statement_timeout = '6s'")  # 40 s where each name costs a look through all of them
+    deliver(connection, changed(version=2, unsafe=many | {"field_7": "changed"}))
+    assert [notice["changed"] for notice in heard(listener)] == [None, {"unsafe_metadata": ["field_7"]}]
+
+
+def test_names_that_are_not_known_are_left_out(connection: Connection, listener: Connection) -> None:
+    """As of users from before hashes were kept."""
+    deliver(connection, changed(version=1, private={"a": 1}, public={"a": 1}))
+    connection.execute("update clerk.user_contents set public_hashes = null, unsafe_hashes = null")
+    deliver(connection, changed(version=2, private={"a": 1}, public={}))
+    deliver(connection, changed(version=3, private={"a": 2}, public={}))
+    assert [notice["changed"] for notice in heard(listener)][1:] == [None, {"private_metadata": ["a"]}]
+
+
+def test_that_private_metadata_is_copied_or_not_any_more_is_no_change_of_it(
+    connection: Connection, listener: Connection
+) -> None:
+    never = Policy(private=Copy.NEVER)
+    deliver(connection, changed(version=1, private={"a": 1}, public={"b": 1}))
+    heard(listener)
+    deliver(connection, changed(version=2, private={"a": 1}, public={"b": 1}), policy=never)
+    deliver(connection, changed(version=3, private={"a": 1}, public={"b": 1}))
+    assert connection.execute("select private_metadata from clerk.user_metadata").fetchone() == ({"a": 1},)
+    assert heard(listener) == []
+    deliver(connection, changed(version=4, private={"a": 1}, public={"b": 2}), policy=never)
+    assert [notice["changed"] for notice in heard(listener)] == [{"public_metadata": ["b"]}]
+
+
 def test_put_and_pulled_users_are_told_of_as_well(connection: Connection, listener: Connection) -> None:
     users.record_policy(connection, Policy())
     user = {"id": "user_a", "updated_at": 5, "private_metadata": {"a": 1}}
@@ -266,7 +298,8 @@ def test_what_is_dropped_from_the_view_or_comes_into_it_is_a_change_of_the_row(c
 
 
 @pytest.mark.parametrize(
-    "cursor", ["", "7", "7-", "-7", "7-7-7", "x-7", "7-x", "7 - 7", "9" * 20 + "-1", "1-" + "9" * 20]
+    "cursor",
+    ["", "7", "7-7", "7-7-", "-7-7", "7-7-7-7", "x-7-7", "7-7-x", "7-7 -7", "9" * 20 + "-1-1", "1-1-" + "9" * 20],
 )
 def test_what_is_no_cursor_is_refused(db: Connection, cursor: str) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="no cursor") as caught:
@@ -275,8 +308,9 @@ def test_what_is_no_cursor_is_refused(db: Connection, cursor: str) -> None:
 
 
 def test_a_cursor_of_another_server_or_of_a_future_that_was_lost_is_refused(db: Connection) -> None:
-    server, _, place = cursor_of(db).partition("-")
-    for cursor in (f"{int(server) + 1}-{place}", f"{server}-{int(place) + 1_000_000}"):
+    server, timeline, place = map(int, cursor_of(db).split("-"))
+    of_others = (server + 1, timeline, place), (server, timeline + 1, place), (server, timeline, place + 1_000_000)
+    for cursor in ("-".join(map(str, parts)) for parts in of_others):
         with (
             pytest.raises(psycopg.errors.InvalidParameterValue, match="another Postgres server") as caught,
             db.transaction(),
@@ -290,13 +324,13 @@ def test_a_later_transaction_of_the_server_before_a_restore_is_not_told_for_ever
     cursor = cursor_of(connection)
     connection.execute("update clerk.users set changed_in = '900000000000000000'")
     assert since(connection, cursor) == ([], cursor)
+    assert since(connection, None)[0] == [("user_a", 1, False)]
 
 
 def test_a_reader_may_ask_and_still_see_no_table(db: Connection) -> None:
     deliver(db, changed(version=1))
     db.execute("set local role clerk_reader")
-    assert [user_id for user_id, *_ in since(db, None)[0]] == []  # its own transaction's, which isn't over
-    assert cursor_of(db)
+    assert since(db, None) == ([("user_a", 1, False)], cursor_of(db))
     with pytest.raises(psycopg.errors.InsufficientPrivilege), db.transaction():
         db.execute("select changed_in from clerk.users")
 

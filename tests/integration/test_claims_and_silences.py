@@ -17,7 +17,8 @@ import migrations
 from tests.events import changed, incoming
 from tests.faults.proxy import Proxy
 from tests.pulling import command
-from worker import db, inbox, local, roles, sync
+from tests.waiting import until
+from worker import db, inbox, local, roles, sync, users
 from worker.app import create_celery
 from worker.db import Connection
 from worker.listener import Listener, NotOurs
@@ -49,6 +50,37 @@ def test_a_users_row_that_is_locked_holds_up_nobody_elses_events(
     assert drainer.ring("sweep")
     assert states(one)["user_a"] == "done"
     drainer.close()
+
+
+@pytest.mark.timeout(60)
+def test_many_users_whom_an_application_holds_hold_up_nobody_elses_events(
+    connect: Callable[[], Connection], database_url: str
+) -> None:
+    """Users put in a transaction that stays open: new ones, whose rows nobody else sees, and known ones."""
+    one, other = connect(), connect()
+    users.record_policy(one, Policy())
+    held = [f"user_held_{number}" for number in range(8)]
+    inbox.record(one, [incoming(changed(user, 1)) for user in held[:4]])
+    sync.drain(one, Policy())
+    one.execute("delete from clerk.webhook_events")
+    drainer = Drainer(lambda: db.connect(database_url, "worker", lock_ms=1000), Policy())
+    try:
+        with other.transaction():
+            for user in held:
+                put = f'{{"id": "{user}", "updated_at": 5, "private_metadata": {{"put": 1}}}}'
+                other.execute("select clerk.put_user(%s::jsonb)", (put,))
+            inbox.record(one, [incoming(changed(user, 10, private={"n": 1})) for user in held])
+            inbox.record(one, [incoming(changed(f"user_{number}")) for number in range(160)])
+            started = time.monotonic()
+            assert not drainer.ring("sweep"), "what is left is to be tried again soon"
+            took = time.monotonic() - started
+            assert {user for user, state in states(one).items() if state != "done"} == set(held)
+            # One wait of a whole batch, and a few short ones for each that is held.
+            assert took < 1 + 8 * 4 * sync.HELD_MS / 1000
+        until(lambda: drainer.ring("sweep"), 10, "a drain that leaves nobody out")
+        assert set(states(one).values()) == {"done"}
+    finally:
+        drainer.close()
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ update clerk.users set changed_in = pg_current_xact_id(), weighed_by = null, cla
 where user_id = any(%s)
 """
 PUT_USER = json.dumps({"id": population.user_id(700), "updated_at": LATER, "private_metadata": {"put": True}})
-SINCE = "select * from clerk.changes_since(split_part(clerk.change_cursor(), '-', 1) || '-4')"
+SINCE = "select * from clerk.changes_since(regexp_replace(clerk.change_cursor(), '[0-9]+$', '4'))"
 
 
 def of(first: int, count: int) -> list[str]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.events import ABSENT, changed, deleted, incoming
 from worker import db as database
 from worker import inbox, sync, users
-from worker.claims import weigh_kind
+from worker.claims import render, weigh_kind
 from worker.db import Connection
 from worker.events import UserChanged, parse_user
 from worker.policy import Copy, Policy
@@ -145,6 +145,58 @@ def test_what_the_javascript_sdk_serialises_to_is_the_same_user(db: Connection, 
     assert row(db, user["id"])[3] == user["updated_at"] + 1
 
 
+@pytest.mark.parametrize("timestamp", [VERSION, VERSION // 1000, VERSION + 15])
+@pytest.mark.parametrize("put_first", [True, False])
+def test_a_webhook_of_the_same_version_has_the_last_word(db: Connection, timestamp: int, put_first: bool) -> None:
+    """As where JavaScript lost digits of a number; whatever the webhook's envelope says, in which examples differ."""
+    event = changed(version=VERSION, timestamp=timestamp, private={"n": 0}).replace(b'"n": 0', b'"n": 9007199254740993')
+    lossy = clerk_user(private_metadata={"n": 9007199254740992})
+    for is_put in (put_first, not put_first):
+        if is_put:
+            put(db, lossy)
+        else:
+            deliver(db, event)
+    assert row(db)[0] == {"n": 9007199254740993}
+
+
+@pytest.mark.parametrize("contacts", ["absent", None, {}, "?", [None, 1, {}, {"id": "idn_a"}]])
+def test_what_a_profile_is_made_of_never_stands_in_the_way(db: Connection, contacts: Any) -> None:
+    profile = {"email_addresses": contacts, "phone_numbers": contacts} if contacts != "absent" else {}
+    ids = {"primary_email_address_id": "idn_a", "primary_phone_number_id": "idn_a"}
+    for mode in ("force_custom_plan", "force_generic_plan"):
+        db.execute("select set_config('plan_cache_mode', %s, true)", (mode,))
+        assert put(db, clerk_user(f"user_{mode}", **profile, **ids)) == "applied"
+        assert put(db, {"id": f"user_2_{mode}", "updated_at": 1, "private_metadata": {}} | profile | ids) == "applied"
+
+
+def test_a_user_put_without_a_profile_is_known_to_be_weighed_without(db: Connection) -> None:
+    policy = Policy(template=parse_template('{"name": "{{user.full_name}}"}'))
+    user = clerk_user(last_name="Lovelace" * 30)
+    bare = {key: value for key, value in user.items() if not key.endswith("_name")}
+    put(db, bare)
+    users.weigh_put(db, policy)
+    whole = parse_user(json.dumps(user).encode(), None)
+    assert isinstance(whole, UserChanged)
+    assert users.compare(db, policy, [whole]) == {"user_a": "unweighed"}
+    users.gate_users(db, policy, [users.weigh(policy, whole)])
+    weight = (len(render(policy.template, whole, {})),)
+    assert db.execute("select claims_bytes from clerk.users").fetchone() == weight
+    # What is known of it stays.
+    put(db, bare | {"updated_at": VERSION + 1})
+    users.weigh_put(db, policy)
+    assert db.execute("select claims_bytes from clerk.users").fetchone() == weight
+
+
+def test_a_session_of_old_habits_may_put(db: Connection) -> None:
+    db.execute("set local standard_conforming_strings = off")
+    db.execute("set local escape_string_warning = off")
+    metadata = {'a "quoted" \\ name': ["\\", '"', "a, b"]}
+    assert put(db, clerk_user(public_metadata=metadata)) == "applied"
+    users.weigh_put(db, Policy())
+    weight = 39 + len(json.dumps(metadata, separators=(",", ":"))) + 2
+    assert db.execute("select claims_bytes from clerk.users").fetchone() == (weight,)
+
+
 # --- What it refuses
 
 WHOLE: Final = clerk_user(private_metadata={"secret": "s3cr3t"})
@@ -173,6 +225,11 @@ NONSENSE: Final[dict[str, tuple[object, str]]] = {
     "no metadata at all": ({"object": "user", "id": "user_a", "updated_at": 1}, "it has no metadata"),
     "a huge number": (json.dumps(WHOLE).replace('"s3cr3t"', "1e1000"), "over a thousand digits"),
     "a huge fraction": (json.dumps(WHOLE).replace('"s3cr3t"', "[[-1e-1001]]"), "over a thousand digits"),
+    "a huge number in place of a word": (json.dumps(WHOLE).replace('"user"', "[1e131071]"), "over a thousand digits"),
+    "containers that are too deep": (
+        json.dumps(WHOLE).replace('"s3cr3t"', "[" * 498 + "]" * 498),
+        "over 500 levels deep",
+    ),
     "too much of it": (WHOLE | {"unsafe_metadata": {"s3cr3t": "x" * 1_048_576}}, "over 1 MiB"),
 }
 
@@ -196,7 +253,8 @@ def test_sql_null_is_refused(db: Connection) -> None:
 
 
 def test_a_thousand_digits_and_a_mebibyte_are_taken(db: Connection) -> None:
-    text = json.dumps(clerk_user(private_metadata={"n": 0, "tiny": 1}))
+    text = json.dumps(clerk_user(private_metadata={"n": 0, "tiny": 1, "deep": None}))
+    text = text.replace("null", "[" * 497 + "]" * 497)
     assert put(db, text.replace('"n": 0', '"n": 9e999').replace('"tiny": 1', '"tiny": 1e-1000')) == "applied"
     assert put(db, clerk_user("user_b", unsafe_metadata={"x": "y" * 1_000_000})) == "applied"
 
@@ -270,8 +328,23 @@ def test_once_weighed_it_is_as_if_the_event_had_come(
     assert isinstance(read, UserChanged)
     users.gate_users(db, policy, [users.weigh(policy, read)])
     ((by_event,), *_), contents = all_of(db)
-    # But for what only the bytes of an event tell.
-    assert by_put == ([(by_event | {"sent_hash": None},)], contents)
+    # But for what only the bytes of an event tell, and the time of its envelope.
+    assert by_put == ([(by_event | {"sent_hash": None, "event_at": 0},)], contents)
+
+
+def test_whom_somebody_holds_is_weighed_later_and_holds_up_nobody(connect: Connect) -> None:
+    one, other = connect(), connect()
+    users.record_policy(one, Policy())
+    weighed = "select user_id from clerk.users where weighed_by is not null order by user_id"
+    for user_id in ("user_a", "user_b", "user_c"):
+        put(one, clerk_user(user_id))
+    with other.transaction():
+        put(other, clerk_user("user_b", version=VERSION + 1, private_metadata={"n": 1}))
+        one.execute("set statement_timeout = '2s'")
+        users.weigh_put(one, Policy())
+        assert one.execute(weighed).fetchall() == [("user_a",), ("user_c",)]
+    users.weigh_put(one, Policy())
+    assert len(one.execute(weighed).fetchall()) == 3
 
 
 def test_a_user_who_stays_over_the_budget_crosses_it_once(db: Connection) -> None:
