@@ -19,7 +19,9 @@ delete from clerk.user_contents;
 delete from clerk.webhook_events;
 delete from clerk.api_budget;
 delete from clerk.runs;
-delete from clerk.minutes
+delete from clerk.minutes;
+delete from clerk.changes;
+update clerk.changes_pruned set until = '0'
 """
 
 

@@ -85,7 +85,10 @@ class Housekeeper(threading.Thread):
 
     def _prune(self, connection: Connection, now: float) -> None:
         try:
-            pruned = inbox.prune(connection, self._keep, self._step)
+            pruned = max(
+                inbox.prune(connection, self._keep, self._step),
+                users.prune_changes(connection, self._keep, self._step),
+            )
         except psycopg.errors.QueryCanceled:
             # Where ten thousand take too long, fewer are better than none.
             self._step = max(1, self._step // 10)

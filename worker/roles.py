@@ -66,6 +66,8 @@ WORKER: Final = Role(
         },
         "clerk.users": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE},
         "clerk.user_contents": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE, "delete": _WHOLE},
+        "clerk.changes": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE, "delete": _WHOLE},
+        "clerk.changes_pruned": {"select": _WHOLE, "update": _WHOLE},
         "clerk.policy": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE},
         "clerk.api_budget": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE},
         "clerk.runs": {"select": _WHOLE, "insert": _WHOLE, "update": _WHOLE, "delete": _WHOLE},

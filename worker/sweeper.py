@@ -121,7 +121,7 @@ class Drainer:
             first, self._first = self._first, 1
             drain(connection, self._policy, batch=first, behind=self._behind, observe=observe, go_on=self._goes_on)
             if self._behind:
-                # Everybody else's are done: once more those that were left out, or soon, if nobody else's came meanwhile.
+                # Everybody else's are done: once more those that were left out; or soon, if there was nobody else.
                 self._behind = 0
                 if not done:
                     return False

@@ -32,7 +32,7 @@ LOCK_MS: Final = 5_000
 """How long a statement of a batch may take, and wait for a lock."""
 
 HELD_MS: Final = 200
-"""How long a batch waits for a lock after a failure, as batches begin with one event: others have waited enough by then."""
+"""How long a batch waits for a lock after a failure, as batches begin with one event: others have waited enough."""
 
 CLAIM_SECONDS: Final = 5.0
 """The same of a claim, which waits for nobody: a connection that has gone silent is noticed by it."""

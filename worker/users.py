@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -311,11 +312,7 @@ update clerk.users as old set
   crossed = new.claims_bytes > %(budget)s and not old.over_budget,
   private_copied = new.private, public_copied = new.public, unsafe_copied = new.unsafe,
   content_missing = new.missing,
-  sent_hash = null, -- the next event decides anew, whatever it brings
-  changed_in = case
-    when (new.private, new.public, new.unsafe) = (old.private_copied, old.public_copied, old.unsafe_copied)
-      then old.changed_in
-    else pg_current_xact_id() end
+  sent_hash = null -- the next event decides anew, whatever it brings
 from unnest(
   %(user_id)b::text[], %(claims_bytes)b::int[], %(exact)b::bool[],
   %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[], %(missing)b::bool[]
@@ -325,17 +322,23 @@ returning old.user_id, old.over_budget, old.crossed
 """
 
 DROP = """
-update clerk.user_contents as old set
-  private_metadata = case when new.private then old.private_metadata end,
-  public_metadata = case when new.public then old.public_metadata end,
-  unsafe_metadata = case when new.unsafe then old.unsafe_metadata end,
-  public_hashes =
-    case when not new.public then coalesce(clerk.field_hashes(old.public_metadata), old.public_hashes) end,
-  unsafe_hashes =
-    case when not new.unsafe then coalesce(clerk.field_hashes(old.unsafe_metadata), old.unsafe_hashes) end
-from unnest(%(user_id)b::text[], %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[])
-  as new (user_id, private, public, unsafe)
-where old.user_id = new.user_id
+with dropped as (
+  update clerk.user_contents as old set
+    private_metadata = case when new.private then old.private_metadata end,
+    public_metadata = case when new.public then old.public_metadata end,
+    unsafe_metadata = case when new.unsafe then old.unsafe_metadata end,
+    public_hash = case when not new.public then coalesce(hashtext(old.public_metadata::text), old.public_hash) end,
+    unsafe_hash = case when not new.unsafe then coalesce(hashtext(old.unsafe_metadata::text), old.unsafe_hash) end,
+    public_hashes =
+      case when not new.public then coalesce(clerk.field_hashes(old.public_metadata), old.public_hashes) end,
+    unsafe_hashes =
+      case when not new.unsafe then coalesce(clerk.field_hashes(old.unsafe_metadata), old.unsafe_hashes) end
+  from unnest(%(user_id)b::text[], %(private)b::bool[], %(public)b::bool[], %(unsafe)b::bool[])
+    as new (user_id, private, public, unsafe)
+  where old.user_id = new.user_id
+  returning old.user_id
+)
+insert into clerk.changes (user_id) select user_id from dropped
 """
 
 
@@ -445,6 +448,34 @@ def reweigh_all(
         total.missing += batch.missing
         observe(batch)
         after = user_ids[-1]
+
+
+# --- The log of changes
+
+# By the index: the earliest ones, of which those that are past their time go. Cursors from before are of no use then.
+PRUNE_CHANGES = """
+with gone as (
+  delete from clerk.changes
+  where ctid = any(array(
+    select ctid
+    from (select ctid, changed_at from clerk.changes order by changed_in limit %(most)s for update skip locked) as first
+    where changed_at < now() - %(keep)s
+  ))
+  returning changed_in
+),
+pruned as (
+  update clerk.changes_pruned
+  set until = greatest(until, (select changed_in from gone order by changed_in desc limit 1))
+  where exists (select from gone)
+)
+select count(*) from gone
+"""
+
+
+def prune_changes(connection: Connection, keep: timedelta, most: int) -> int:
+    """Delete changes that are older than `keep`, so many of them at most; returns how many."""
+    ((gone,),) = connection.execute(PRUNE_CHANGES, {"keep": keep, "most": most}).fetchall()
+    return int(gone)
 
 
 # --- Users whom an application has put

@@ -4,19 +4,31 @@
 -- Locked at once, and before clerk.users, so that no worker is in mid-batch: see the step before.
 lock table clerk.webhook_events in access exclusive mode;
 
-alter table clerk.users
-  add column changed_in xid8 not null default '0'; -- the transaction that last changed what the view shows of this user
-
--- With a change this index changes too; a sign-in, which moves the version alone, leaves it as it is.
-create index users_changed on clerk.users (changed_in);
-
 -- Whom put_user brought, until a worker has weighed them.
 create index users_unweighed on clerk.users (user_id) where weighed_by is null and not claims_exact and deleted_at is null;
 
 alter table clerk.user_contents
-  -- Of a kind that isn't copied, what field_hashes makes of it: so that the names of changed fields can be told.
+  -- Of a kind that isn't copied a hash of its text, and what field_hashes makes of it: so that the names of changed fields
+  -- can be told.
+  add column public_hash   integer,
+  add column unsafe_hash   integer,
   add column public_hashes jsonb,
   add column unsafe_hashes jsonb;
+
+-- A row for each change of what the view shows of a user, in the order in which they are written. Kept as long as applied
+-- events are. A column and an index among the users would make every change write to all of their indexes.
+create table clerk.changes (
+  changed_in xid8 not null default pg_current_xact_id(),  -- the transaction
+  user_id    text not null,
+  changed_at timestamptz not null default now()           -- when it began, for pruning
+) with (autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);
+create index changes_in_order on clerk.changes (changed_in);
+
+create table clerk.changes_pruned (
+  the_only boolean primary key default true check (the_only),
+  until    xid8 not null -- changes of this transaction and of earlier ones may be gone
+);
+insert into clerk.changes_pruned (until) values ('0');
 
 -- Which kinds are copied of a user who hasn't been weighed: told by each worker as it begins, and needed by put_user.
 create table clerk.policy (
@@ -110,7 +122,7 @@ begin
       private_clock, public_clock, unsafe_clock,
       private_copied, public_copied, unsafe_copied,
       profile_bytes, public_bytes, unsafe_bytes, public_fields, unsafe_fields,
-      claims_bytes, claims_exact, sent_hash, weighed_by, over_budget, crossed, changed_in
+      claims_bytes, claims_exact, sent_hash, weighed_by, over_budget, crossed
     )
     select
       user_id, version, event_at, content_hash, true,
@@ -125,8 +137,7 @@ begin
       case when private is not null and public is not null and unsafe is not null then sent_hash end,
       case when public is not null and unsafe is not null then p_weighed_by end,
       public is not null and unsafe is not null and claims_bytes > p_budget,
-      public is not null and unsafe is not null and claims_bytes > p_budget,
-      pg_current_xact_id()
+      public is not null and unsafe is not null and claims_bytes > p_budget
     from unnest(
       p_user_id, p_version, p_event_at, hashes, p_private, p_public, p_unsafe,
       p_copy_private, p_copy_public, p_copy_unsafe,
@@ -142,7 +153,7 @@ begin
       private_clock, public_clock, unsafe_clock,
       private_copied, public_copied, unsafe_copied,
       profile_bytes, public_bytes, unsafe_bytes, public_fields, unsafe_fields,
-      claims_bytes, claims_exact, sent_hash, weighed_by, over_budget, crossed, content_missing, synced_at, changed_in
+      claims_bytes, claims_exact, sent_hash, weighed_by, over_budget, crossed, content_missing, synced_at
     ) = (
       select
         case when newest then excluded.version else old.version end,
@@ -179,8 +190,7 @@ begin
         -- Of a row with kinds of several events this is still to be found out, but for private metadata alone.
         case when whole then excluded.private_clock is not null and excluded.private_copied and not old.private_copied
           else old.content_missing end,
-        case when changes or excluded.version > old.version then now() else old.synced_at end,
-        case when changes then pg_current_xact_id() else old.changed_in end
+        case when changes or excluded.version > old.version then now() else old.synced_at end
       from (
         select
           *,
@@ -257,6 +267,8 @@ begin
         was.private_metadata as was_private,
         was.public_metadata as was_public,
         was.unsafe_metadata as was_unsafe,
+        was.public_hash as was_public_hash,
+        was.unsafe_hash as was_unsafe_hash,
         was.public_hashes as was_public_hashes,
         was.unsafe_hashes as was_unsafe_hashes,
         case
@@ -267,15 +279,37 @@ begin
         case when takes_public then case when copy_public then public end else was.public_metadata end as public_metadata,
         case when takes_unsafe then case when copy_unsafe then unsafe end else was.unsafe_metadata end as unsafe_metadata,
         case
-          when takes_public then case when not copy_public then clerk.field_hashes(public) end
+          when takes_public then case when not copy_public then hashtext(public::text) end
+          when was.user_id is null then hashtext('{}')
+          else was.public_hash
+        end as public_hash,
+        case
+          when takes_unsafe then case when not copy_unsafe then hashtext(unsafe::text) end
+          when was.user_id is null then hashtext('{}')
+          else was.unsafe_hash
+        end as unsafe_hash,
+        -- The same hash is of the same text.
+        case
+          when takes_public then case
+            when copy_public then null
+            when was.public_hash = hashtext(public::text) then was.public_hashes
+            else clerk.field_hashes(public)
+          end
           when was.user_id is null then '{}'
           else was.public_hashes
         end as public_hashes,
         case
-          when takes_unsafe then case when not copy_unsafe then clerk.field_hashes(unsafe) end
+          when takes_unsafe then case
+            when copy_unsafe then null
+            when was.unsafe_hash = hashtext(unsafe::text) then was.unsafe_hashes
+            else clerk.field_hashes(unsafe)
+          end
           when was.user_id is null then '{}'
           else was.unsafe_hashes
         end as unsafe_hashes,
+        takes_private,
+        takes_public,
+        takes_unsafe,
         -- What was here before hashes were kept can't be compared.
         was.user_id is not null
           and (takes_public and coalesce(was.public_metadata, was.public_hashes) is null
@@ -307,48 +341,55 @@ begin
     ),
     stored as (
       insert into clerk.user_contents (
-        user_id, private_metadata, public_metadata, unsafe_metadata, public_hashes, unsafe_hashes
+        user_id, private_metadata, public_metadata, unsafe_metadata, public_hash, unsafe_hash, public_hashes, unsafe_hashes
       )
-      select user_id, private_metadata, public_metadata, unsafe_metadata, public_hashes, unsafe_hashes
+      select
+        user_id, private_metadata, public_metadata, unsafe_metadata, public_hash, unsafe_hash, public_hashes, unsafe_hashes
       from fresh
       on conflict (user_id) do update set
         private_metadata = excluded.private_metadata,
         public_metadata = excluded.public_metadata,
         unsafe_metadata = excluded.unsafe_metadata,
+        public_hash = excluded.public_hash,
+        unsafe_hash = excluded.unsafe_hash,
         public_hashes = excluded.public_hashes,
         unsafe_hashes = excluded.unsafe_hashes
+    ),
+    logged as (
+      insert into clerk.changes (user_id) select user_id from fresh
     )
     select count(clerk.notify_changed(user_id, version, false, case when not is_unknown then coalesce(fields, '{}') end))
     into noticed
     from fresh
     cross join lateral (
-      select jsonb_object_agg(kind, (
-        select jsonb_agg(name order by name collate "C")
-        from jsonb_each(coalesce(was, '{}')) as before (name, value)
-        full join jsonb_each(coalesce(now_is, '{}')) as after (name, value) using (name)
-        where before.value::text is distinct from after.value::text
-      )) as fields
+      select jsonb_object_agg(kind, names) filter (where names is not null) as fields
       from (
         values
           -- Where it wasn't here, or isn't any more, the settings have changed.
-          ('private_metadata', was_private, case when is_new or was_private is not null then private_metadata end),
           (
-            'public_metadata',
-            case when both_public then was_public else coalesce(was_public_hashes, clerk.field_hashes(was_public)) end,
-            case when both_public then public_metadata
-              else coalesce(public_hashes, clerk.field_hashes(public_metadata)) end
+            'private_metadata', takes_private and private_metadata is not null and (is_new or was_private is not null),
+            was_private, private_metadata
           ),
           (
-            'unsafe_metadata',
+            'public_metadata', takes_public and (is_new or both_public or public_hash is distinct from was_public_hash),
+            case when both_public then was_public else coalesce(was_public_hashes, clerk.field_hashes(was_public)) end,
+            case when both_public then public_metadata else coalesce(public_hashes, clerk.field_hashes(public_metadata)) end
+          ),
+          (
+            'unsafe_metadata', takes_unsafe and (is_new or both_unsafe or unsafe_hash is distinct from was_unsafe_hash),
             case when both_unsafe then was_unsafe else coalesce(was_unsafe_hashes, clerk.field_hashes(was_unsafe)) end,
-            case when both_unsafe then unsafe_metadata
-              else coalesce(unsafe_hashes, clerk.field_hashes(unsafe_metadata)) end
+            case when both_unsafe then unsafe_metadata else coalesce(unsafe_hashes, clerk.field_hashes(unsafe_metadata)) end
           )
-      ) as kinds (kind, was, now_is)
-      -- By the text, as everywhere: 1.0 and 1 differ.
-      where coalesce(was, '{}')::text <> coalesce(now_is, '{}')::text
-        and (kind <> 'private_metadata' or is_new or now_is is not null)
-    ) as differing
+      ) as kinds (kind, may_differ, was, now_is)
+      cross join lateral (
+        -- By the text, as everywhere: 1.0 and 1 differ.
+        select jsonb_agg(name order by name collate "C") as names
+        from jsonb_each(coalesce(was, '{}')) as before (name, value)
+        full join jsonb_each(coalesce(now_is, '{}')) as after (name, value) using (name)
+        where before.value::text is distinct from after.value::text
+      ) as differing
+      where may_differ
+    ) as compared
     where (is_new or is_unknown or fields is not null) and clerk.can_notify();
   end if;
 
@@ -396,11 +437,11 @@ declare
 begin
   insert into clerk.users as old (
     user_id, version, event_at, content_hash, content_changed, private_copied, public_copied, unsafe_copied,
-    public_bytes, unsafe_bytes, claims_bytes, deleted_at, changed_in
+    public_bytes, unsafe_bytes, claims_bytes, deleted_at
   )
   select
     user_id, event_at, event_at, 0, true, false, false, false,
-    0, 0, 0, to_timestamp(event_at / 1000.0), pg_current_xact_id()
+    0, 0, 0, to_timestamp(event_at / 1000.0)
   from unnest(p_user_id, p_event_at) as event (user_id, event_at)
   order by user_id collate "C"
   on conflict (user_id) do update set
@@ -409,13 +450,16 @@ begin
     private_copied = false, public_copied = false, unsafe_copied = false,
     sent_hash = null, profile_bytes = null, public_bytes = 0, unsafe_bytes = 0, public_fields = null, unsafe_fields = null,
     claims_bytes = 0, claims_exact = true, weighed_by = null, over_budget = false, crossed = false, content_missing = false,
-    synced_at = now(), deleted_at = excluded.deleted_at, changed_in = excluded.changed_in
+    synced_at = now(), deleted_at = excluded.deleted_at
   where old.deleted_at is null or old.deleted_at > excluded.deleted_at;
 
   -- Everybody live has one of these, so those who are told of were live.
   with gone as (
     delete from clerk.user_contents where user_id = any(p_user_id)
     returning user_id
+  ),
+  logged as (
+    insert into clerk.changes (user_id) select user_id from gone
   )
   select count(clerk.notify_changed(user_id, event_at, true, '{}'))
   into noticed
@@ -469,12 +513,16 @@ begin
       message = 'clerk.changes_since: this cursor is of another Postgres server, or of before a failover or a restore',
       hint = 'Begin anew: take clerk.change_cursor(), and forget what was read before.';
   end if;
+  -- A dump may have brought transactions that this server is yet to count to.
+  if exists (select from clerk.changes_pruned where until >= since and until < next) then
+    raise exception using errcode = 'invalid_parameter_value',
+      message = 'clerk.changes_since: this cursor is too old: changes are kept as long as applied events are',
+      hint = 'Begin anew: take clerk.change_cursor(), and forget what was read before.';
+  end if;
   return query
   select user_id, version, deleted_at is not null, here
   from clerk.users
-  -- A dump may have brought transactions that this server is yet to count to.
-  where changed_in >= since and changed_in < next
-  order by changed_in;
+  where user_id in (select user_id from clerk.changes where changed_in >= since and changed_in < next);
 end
 $$;
 

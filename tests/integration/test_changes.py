@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -129,6 +130,7 @@ def test_of_private_metadata_that_is_never_copied_nothing_is_told_or_kept(
     assert heard(listener) == []
     kept = "select to_jsonb(user_contents) - 'user_id' from clerk.user_contents"
     ((contents,),) = connection.execute(kept).fetchall()
+    assert contents.pop("public_hash") == contents.pop("unsafe_hash")
     assert contents.pop("public_hashes") == contents.pop("unsafe_hashes") == {}
     assert set(contents.values()) == {None}
 
@@ -153,7 +155,8 @@ def test_names_are_found_in_time_whatever_their_number(connection: Connection, l
 def test_names_that_are_not_known_are_left_out(connection: Connection, listener: Connection) -> None:
     """As of users from before hashes were kept."""
     deliver(connection, changed(version=1, private={"a": 1}, public={"a": 1}))
-    connection.execute("update clerk.user_contents set public_hashes = null, unsafe_hashes = null")
+    connection.execute("update clerk.user_contents set public_hash = null, public_hashes = null")
+    connection.execute("update clerk.user_contents set unsafe_hash = null, unsafe_hashes = null")
     deliver(connection, changed(version=2, private={"a": 1}, public={}))
     deliver(connection, changed(version=3, private={"a": 2}, public={}))
     assert [notice["changed"] for notice in heard(listener)][1:] == [None, {"private_metadata": ["a"]}]
@@ -248,7 +251,7 @@ def since(connection: Connection, cursor: str | None) -> tuple[list[tuple[str, i
     rows = connection.execute("select * from clerk.changes_since(%s)", (cursor,)).fetchall()
     cursors = {row[3] for row in rows}
     assert len(cursors) <= 1
-    return [row[:3] for row in rows], cursors.pop() if cursors else cursor
+    return sorted(row[:3] for row in rows), cursors.pop() if cursors else cursor
 
 
 def test_everybody_who_changed_comes_once_and_then_nobody(connection: Connection) -> None:
@@ -322,7 +325,8 @@ def test_a_cursor_of_another_server_or_of_a_future_that_was_lost_is_refused(db: 
 def test_a_later_transaction_of_the_server_before_a_restore_is_not_told_for_ever(connection: Connection) -> None:
     deliver(connection, changed(version=1))
     cursor = cursor_of(connection)
-    connection.execute("update clerk.users set changed_in = '900000000000000000'")
+    connection.execute("update clerk.changes set changed_in = '900000000000000000'")
+    connection.execute("update clerk.changes_pruned set until = '800000000000000000'")
     assert since(connection, cursor) == ([], cursor)
     assert since(connection, None)[0] == [("user_a", 1, False)]
 
@@ -332,7 +336,25 @@ def test_a_reader_may_ask_and_still_see_no_table(db: Connection) -> None:
     db.execute("set local role clerk_reader")
     assert since(db, None) == ([("user_a", 1, False)], cursor_of(db))
     with pytest.raises(psycopg.errors.InsufficientPrivilege), db.transaction():
-        db.execute("select changed_in from clerk.users")
+        db.execute("select * from clerk.changes")
+
+
+def test_changes_past_their_time_are_pruned_and_cursors_from_before_refused(connection: Connection) -> None:
+    keep = timedelta(days=7)
+    before = cursor_of(connection)
+    deliver(connection, changed("user_a"), changed("user_b"))
+    after = cursor_of(connection)
+    connection.execute("update clerk.changes set changed_at = now() - interval '8 days'")
+    deliver(connection, changed("user_c"))
+    assert users.prune_changes(connection, keep, 1) == 1
+    assert users.prune_changes(connection, keep, 10) == 1
+    assert users.prune_changes(connection, keep, 10) == 0
+    assert connection.execute("select user_id from clerk.changes").fetchall() == [("user_c",)]
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="too old") as caught:
+        since(connection, before)
+    assert "Begin anew" in str(caught.value.diag.message_hint)
+    assert [user_id for user_id, *_ in since(connection, after)[0]] == ["user_c"]
+    assert len(since(connection, None)[0]) == 3
 
 
 # --- A listener that sleeps

@@ -221,9 +221,7 @@ def body_of(event: Change | int) -> bytes:
 
 def state(connection: Connection) -> Any:
     """Everything but the local clock, and which event came last."""
-    users = (
-        "select to_jsonb(users) - '{synced_at,content_changed,crossed,changed_in}'::text[] from clerk.users as users"
-    )
+    users = "select to_jsonb(users) - '{synced_at,content_changed,crossed}'::text[] from clerk.users as users"
     contents = "select private_metadata::text, public_metadata::text, unsafe_metadata::text from clerk.user_contents"
     return connection.execute(users).fetchall(), connection.execute(contents).fetchall()
 

@@ -21,7 +21,7 @@ Connect = Callable[[], Connection]
 EVERYTHING = Policy(Copy.ALWAYS, Copy.ALWAYS, Copy.ALWAYS)
 
 ROWS = """
-select to_jsonb(users) - 'synced_at' - 'content_changed' - 'crossed' - 'sent_hash' - 'changed_in',
+select to_jsonb(users) - 'synced_at' - 'content_changed' - 'crossed' - 'sent_hash',
   to_jsonb(user_contents)
 from clerk.users left join clerk.user_contents using (user_id)
 order by user_id
