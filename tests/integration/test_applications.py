@@ -397,7 +397,7 @@ def test_node_fetches_who_just_signed_up_once(reader: Reader, clerk: StandIn, re
 
 # --- Hearing of changes
 
-UNTOLD = "update clerk.users set changed_in = pg_current_xact_id() where user_id = 'user_ada'"
+UNTOLD = "insert into clerk.changes (user_id) values ('user_ada')"
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,23 @@ def test_a_cache_catches_up_now_and_then_with_what_no_notice_told(name: str, rea
         assert heard[1][0] == "user_ada"
 
 
-FOREIGN: Final = "1-1"
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("changes.py", marks=runs("changes.py")),
+        pytest.param("changes.mjs", marks=[runs("changes.mjs"), node]),
+    ],
+)
+def test_a_cache_outlives_what_others_send(name: str, reader: Reader, users: Connection) -> None:
+    with reader.running(name, HEAR[name].replace("EVERY", "600")) as heard:
+        until(lambda: heard == [["everybody", None]], 20, "the start")
+        for junk in ("", "x", "[]", "null", "7", '{"user": "user_ada"}'):
+            users.execute("select pg_notify('clerk_user_changed', %s)", (junk,))
+        deliver(users, changed("user_ada", VERSION + 1, private={"plan": "team"}))
+        until(lambda: ["user_ada", {"private": {"plan": "team"}, "public": None}] in heard, what="a notice")
+
+
+FOREIGN: Final = "1-1-1"
 BEGIN_ANEW_IN_PYTHON: Final = f"""
     import os, psycopg
     cache = page.Cache()
