@@ -110,6 +110,7 @@ def reconcile(
     Raises AlreadyRunning, what ClerkApi does, and psycopg.Error.
     """
     earlier = api.calls
+    gone = users.count_gone(connection)
     # Before the lock: who waits for a Clerk that is away keeps nobody out.
     total = api.count()
     with runs.alone(connection):
@@ -121,7 +122,7 @@ def reconcile(
             if run.kind == INCREMENTAL and since is not None:
                 if not _incremental(work, since):
                     _turn(run, "many")
-                elif not _counts_agree(work) and not runs.too_soon(connection):
+                elif not _counts_agree(work, gone) and not runs.too_soon(connection):
                     _turn(run, "counts")
             if run.kind == FULL:
                 _full(work)
@@ -234,12 +235,13 @@ def _name(raw: bytes, user: UserChanged | Unusable) -> tuple[str | bytes, int]:
     return user.user_id or raw, user.version if isinstance(user, UserChanged) else 0
 
 
-def _counts_agree(work: _Work) -> bool:
+def _counts_agree(work: _Work, gone: int) -> bool:
     """Whether Clerk has as many users as are here. Where not, look again a little later: somebody may have signed up,
-    or been deleted, a moment ago. Clerk counts before we read, so that nobody who came since makes up for who is gone.
+    or been deleted, a moment ago. Clerk counts before we read, so that nobody who came since makes up for who is gone;
+    and where there are more than the `gone` from before Clerk counted, one whom it counted may make up for another.
     """
     surplus = runs.surplus(work.connection)
-    if _count(work, work.total) == surplus:
+    if _count(work, work.total) == surplus and users.count_gone(work.connection) == gone:
         return True
     work.sleep(AGAIN_SECONDS)
     counted = work.api.count()

@@ -627,6 +627,17 @@ def count_live(connection: Connection) -> int:
     return int(number)
 
 
+COUNT_GONE = """
+select count(*) from clerk.users where deleted_at is not null
+"""
+
+
+def count_gone(connection: Connection) -> int:
+    """How many tombstones there are."""
+    ((number,),) = connection.execute(COUNT_GONE).fetchall()
+    return int(number)
+
+
 LIVE = """
 select user_id from clerk.users where user_id = any(%(user_id)s) and deleted_at is null
 """

@@ -643,7 +643,7 @@ begin
     given := given -> '_raw'; -- what the JavaScript SDK read
   elsif given ? 'updatedAt' and not given ? 'updated_at' then
     given := (
-      select jsonb_object_agg(lower(regexp_replace(key, '([A-Z])', '_\1', 'g')), value) from jsonb_each(given)
+      select jsonb_object_agg(lower(regexp_replace(key collate "C", '([A-Z])', '_\1', 'g')), value) from jsonb_each(given)
     );
   end if;
 

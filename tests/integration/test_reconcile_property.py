@@ -303,3 +303,28 @@ def test_after_an_incremental_run_too(
         heard_of = world.heard_of()
     assert run.state == "done"
     confirm(world, api, heard_of)
+
+
+def test_whom_clerk_counted_and_a_webhook_erased_makes_up_for_nobody(
+    clerk: StandIn, api: ClerkApi, connections: tuple[Connection, Connection]
+) -> None:
+    """A user's deletion was lost; another signs up before Clerk counts, and is gone before we do."""
+    ours, workers = connections
+    policy = Policy(Copy.ALWAYS, Copy.ALWAYS, Copy.ALWAYS)
+
+    def step(at: int, what: str, arrivals: tuple[int, ...]) -> Step:
+        return Step(at, what, 0, (0, 0, 0), arrivals, frozenset())
+
+    world = anew(clerk, workers, policy, lambda: LONG_AGO)
+    world.live(PROVES_THE_KEY)
+    for number in range(2 * PAGE):
+        world.live(Step(0, "put", number, (1, 1, 1), (), frozenset()))
+    reconcile(ours, policy, api, key=KEY, full=True, sleep=at_once)
+    began = now_ms() - 5_000
+    world.now = lambda: began
+    world.live(step(0, "delete", ()))
+    world.now = now_ms
+    with between_calls(world, [step(1, "put", (0,)), step(2, "delete", (0,))]):
+        run = reconcile(ours, policy, api, key=KEY, sleep=at_once)
+    assert (run.kind, run.cause) == ("full", "counts")
+    assert world.rows() == world.expected()
