@@ -161,18 +161,37 @@ def port_is_free(port: int, host: str = HOST) -> bool:
     return True
 
 
+_promised: list[socket.socket] = []
+"""Kept open until this process ends: what it was told is free is nobody else's meanwhile."""
+
+
 def free_port() -> int:
     """Find a free port below the ranges that Linux and macOS hand to clients.
 
-    A client that knocks while its server restarts could otherwise be given that very port, and keep it.
+    A client that knocks while its server restarts could otherwise be given that very port, and keep it. On Linux no two
+    processes find the same one, though it may be seconds until it is listened on.
     """
     for _ in range(50):
         port = 16_384 + int.from_bytes(os.urandom(2), "big") % 16_000
-        if port_is_free(port):
+        if port_is_free(port) and _promise(port):
             return port
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
+
+
+def _promise(port: int) -> bool:
+    """Keep others from being told that this port is free; False where somebody else was told so."""
+    if sys.platform != "linux":
+        return True
+    promise = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        promise.bind(f"\0clerk-sync port {port}")  # no file: the name is gone with the process
+    except OSError:
+        promise.close()
+        return False
+    _promised.append(promise)
+    return True
 
 
 def _kept_port(path: Path) -> int:

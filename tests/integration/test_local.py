@@ -280,3 +280,16 @@ def test_ordinary_user_runs_everything_in_place() -> None:
         assert first == second
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names without files are Linux's")
+def test_two_processes_are_not_told_of_the_same_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = local.free_port()
+    # Whatever it draws now is that port, until it gives up and asks the kernel.
+    drawn = (found - 16_384).to_bytes(2, "big")
+    monkeypatch.setattr(os, "urandom", lambda _: drawn)
+    assert local.port_is_free(found), "nobody listens there yet"
+    assert local.free_port() != found
+    code = f"import os; os.urandom = lambda _: {drawn!r}; from worker import local; print(local.free_port())"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) != found
