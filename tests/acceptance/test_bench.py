@@ -17,6 +17,10 @@ CONTENDERS: Final = {"ours", "inline", "task per event", "insert alone"}
 UPSERTS: Final = {"bulk upsert alone (unnest)", "bulk upsert alone (executemany)"}
 
 
+pytestmark = pytest.mark.timeout(180)
+"""A minute of work, on a machine that does other things besides."""
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """What a short run writes."""
@@ -29,7 +33,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
         env={"PATH": "", "TMPDIR": str(folder)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=170,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
