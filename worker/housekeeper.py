@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 HOUSE_SECONDS: Final = 10.0
 """How often it looks, and how long one look may take."""
 
+FIRST_SECONDS: Final = 1.0
+"""How soon it looks first: only then whoever looks at the status page sees that there is a worker."""
+
 WEIGH_SECONDS: Final = 5.0
 """How long one look may go on weighing users."""
 
@@ -53,7 +56,9 @@ class Housekeeper(threading.Thread):
 
     def run(self) -> None:
         """Keep house until stopped."""
-        while not self._stopped.wait(HOUSE_SECONDS):
+        wait = FIRST_SECONDS
+        while not self._stopped.wait(wait):
+            wait = HOUSE_SECONDS
             try:
                 self.keep_house()
             except psycopg.Error as error:
