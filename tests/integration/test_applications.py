@@ -400,13 +400,16 @@ def test_node_fetches_who_just_signed_up_once(reader: Reader, clerk: StandIn, re
 UNTOLD = "insert into clerk.changes (user_id) values ('user_ada')"
 
 
-@pytest.mark.parametrize(
+listeners = pytest.mark.parametrize(
     "name",
     [
         pytest.param("changes.py", marks=runs("changes.py")),
         pytest.param("changes.mjs", marks=[runs("changes.mjs"), node]),
     ],
 )
+
+
+@listeners
 def test_a_cache_hears_of_changes_and_catches_up(name: str, reader: Reader, users: Connection) -> None:
     reader.settings["PGAPPNAME"] = LISTENER
     with reader.running(name, HEAR[name].replace("EVERY", "600")) as heard:
@@ -424,13 +427,7 @@ def test_a_cache_hears_of_changes_and_catches_up(name: str, reader: Reader, user
         assert heard.count(["everybody", None]) == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("changes.py", marks=runs("changes.py")),
-        pytest.param("changes.mjs", marks=[runs("changes.mjs"), node]),
-    ],
-)
+@listeners
 def test_a_cache_catches_up_now_and_then_with_what_no_notice_told(name: str, reader: Reader, users: Connection) -> None:
     with reader.running(name, HEAR[name].replace("EVERY", "0.3")) as heard:
         until(lambda: heard == [["everybody", None]], 20, "the start")
@@ -439,13 +436,7 @@ def test_a_cache_catches_up_now_and_then_with_what_no_notice_told(name: str, rea
         assert heard[1][0] == "user_ada"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("changes.py", marks=runs("changes.py")),
-        pytest.param("changes.mjs", marks=[runs("changes.mjs"), node]),
-    ],
-)
+@listeners
 def test_a_cache_outlives_what_others_send(name: str, reader: Reader, users: Connection) -> None:
     with reader.running(name, HEAR[name].replace("EVERY", "600")) as heard:
         until(lambda: heard == [["everybody", None]], 20, "the start")
@@ -509,13 +500,7 @@ CHANGED_MEANWHILE: Final = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("changes.py", marks=runs("changes.py")),
-        pytest.param("changes.mjs", marks=[runs("changes.mjs"), node]),
-    ],
-)
+@listeners
 def test_what_was_read_during_a_change_is_answered_and_not_kept(name: str, reader: Reader) -> None:
     assert reader.run(name, CHANGED_MEANWHILE[name]) == [True, [], True, ["user_ada"]]
 

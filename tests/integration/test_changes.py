@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import EMPTY
-from tests.events import ABSENT, changed, deleted, incoming
-from worker import inbox, local, schema, sync, users
+from tests.events import ABSENT, changed, deleted
+from tests.integration.test_gate import deliver
+from worker import local, schema, users
 from worker.db import Connection
 from worker.policy import Copy, Policy
 
@@ -23,11 +24,6 @@ Connect = Callable[[], Connection]
 
 EVERYTHING: Final = Policy(Copy.ALWAYS, Copy.ALWAYS, Copy.ALWAYS)
 BIG: Final = "x" * 1300
-
-
-def deliver(connection: Connection, *bodies: bytes, policy: Policy | None = None) -> sync.Batch:
-    inbox.record(connection, [incoming(body) for body in bodies])
-    return sync.drain_batch(connection, policy or Policy())
 
 
 @pytest.fixture

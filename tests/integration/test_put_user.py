@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.events import ABSENT, changed, deleted, incoming
+from tests.events import ABSENT, changed, deleted
+from tests.integration.test_gate import deliver
 from worker import db as database
-from worker import inbox, sync, users
+from worker import users
 from worker.claims import render, weigh_kind
 from worker.db import Connection
 from worker.events import UserChanged, parse_user
@@ -57,17 +58,11 @@ def row(connection: Connection, user_id: str = "user_a") -> Any:
     return connection.execute(ROW, (user_id,)).fetchone()
 
 
-def deliver(connection: Connection, *bodies: bytes, policy: Policy | None = None) -> sync.Batch:
-    inbox.record(connection, [incoming(body) for body in bodies])
-    return sync.drain_batch(connection, policy or Policy())
-
-
 def all_of(connection: Connection) -> Any:
     """Everything but what came last and when."""
-    kept = "'{synced_at,content_changed,crossed}'::text[]"
-    rows = connection.execute(f"select to_jsonb(users) - {kept} from clerk.users order by user_id")  # noqa: S608
-    contents = connection.execute("select to_jsonb(user_contents) from clerk.user_contents order by user_id")
-    return rows.fetchall(), contents.fetchall()
+    rows = "select to_jsonb(users) - '{synced_at,content_changed,crossed}'::text[] from clerk.users order by user_id"
+    contents = "select to_jsonb(user_contents) from clerk.user_contents order by user_id"
+    return connection.execute(rows).fetchall(), connection.execute(contents).fetchall()
 
 
 # --- What it does
